@@ -1,0 +1,530 @@
+"""Causal attention over sequences packed end to end, without padding (Dao et al., arXiv 2205.14135 and 2307.08691).
+
+    out_i = sum_j p_ij v_j,   p_ij = exp(scale * q_i . k_j - lse_i),   lse_i = log sum_j exp(scale * q_i . k_j)
+
+over the tokens j <= i of i's own sequence and, with a window W, j > i - W. Backward, with dout the gradient of out:
+
+    delta_i = out_i . dout_i        ds_ij = p_ij (dout_i . v_j - delta_i)
+    dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i        dv_j = sum_i p_ij dout_i
+
+Shapes: q [T, H, E], k and v [T, K, E], query head h reading key head h // (H // K); cu_seqlens int32 [S + 1],
+sequence s being the tokens cu_seqlens[s] .. cu_seqlens[s + 1]. Nothing of size T x T is ever made: p is recomputed in
+backward from one float a query and head, lse. No sum crosses sequences and none is made by atomic additions, so a
+sequence's bits depend neither on its company nor on the run.
+FLOPs, P the number of pairs (i, j): 4 P H E forward, 10 P H E backward (14 as done here: p is made twice, once for dk
+and dv, once for dq). Bytes, b per element: 2 b T (H + K) E forward when a sequence's keys stay in cache.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
+
+LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
+# Queries a chunk on the CPU with a window. Below 512, the keys of one block of the flash kernel there: a query whose
+# first block of keys lay wholly before its window would have no maximum to start from.
+CPU_CHUNK = 256
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The equation in float32 (float64 for float64 input), in q's dtype, a matrix of scores a sequence and head."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    bounds, group = cu_seqlens.tolist(), (k.shape[1], -1)
+    outs = [q[:0]]
+    for start, end in pairwise(bounds):
+        qs, ks, vs = (x[start:end].to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        scores = torch.einsum("ikge,jke->kgij", qs.unflatten(1, group), ks) * factor
+        i = torch.arange(end - start, device=q.device)
+        distance = i[:, None] - i[None, :]
+        hidden = (distance < 0) | (distance >= (end if window is None else window))
+        p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        outs.append(torch.einsum("kgij,jke->ikge", p, vs).flatten(1, 2).to(q.dtype))
+    return torch.cat(outs)
+
+
+@triton.jit
+def _load_rows(ptr, first, length, stride, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Rows first .. first + BLOCK of a sequence's head at ptr; 0 past its end, whatever the neighbour holds there."""
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    mask = (first + rows < length)[:, None] & (cols < E)[None, :]
+    return tl.load(ptr + first.to(tl.int64) * stride + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(ptr, x, first, length, stride, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    mask = (first + rows < length)[:, None] & (cols < E)[None, :]
+    out = ptr + first.to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    tl.store(out, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _visible(i, j, window, HAS_WINDOW: tl.constexpr):
+    """Which keys j the queries i see. True for no key past the sequence's end unless the query is past it too."""
+    seen = j <= i
+    if HAS_WINDOW:
+        seen &= j > i - window
+    return seen
+
+
+@triton.jit
+def _key_blocks(m0, length, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first, edge, full, diagonal): where the keys of queries m0 .. m0 + BLOCK_M begin, and how many blocks of them
+    the window's edge cuts, all queries see whole, and the diagonal cuts."""
+    first, edge = m0 * 0, m0 * 0  # a Python 0 would be no tensor in the interpreter
+    whole = (m0 + 1) // BLOCK_N
+    if HAS_WINDOW:
+        first = tl.maximum(m0 - window + 1, 0) // BLOCK_N
+        whole = tl.maximum(whole, first)
+        edge = tl.minimum(tl.cdiv(tl.maximum(m0 + BLOCK_M - window, 0), BLOCK_N), whole) - first
+    return first * BLOCK_N, edge, whole - first - edge, tl.cdiv(tl.minimum(m0 + BLOCK_M, length), BLOCK_N) - whole
+
+
+@triton.jit
+def _query_blocks(n0, length, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first, diagonal, full, edge): the same for the queries that see keys n0 .. n0 + BLOCK_N."""
+    first, edge = n0 // BLOCK_M, n0 * 0
+    end = tl.cdiv(length, BLOCK_M)
+    if HAS_WINDOW:
+        end = tl.minimum(end, tl.cdiv(n0 + BLOCK_N + window - 1, BLOCK_M))
+    diagonal = tl.minimum(tl.cdiv(n0 + BLOCK_N - 1, BLOCK_M), end) - first
+    full = end - first - diagonal
+    if HAS_WINDOW:
+        edge = tl.maximum(full - tl.maximum((n0 + window) // BLOCK_M - first - diagonal, 0), 0)
+    return first * BLOCK_M, diagonal, full - edge, edge
+
+
+@triton.jit
+def _attend(
+    acc, norm, top, q, k_ptr, v_ptr, m0, n0, length, window, scale2, stride_kt, stride_vt,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """(acc, norm, top) with one more block of keys: sums of p v and p, p = 2^(score - top), and the largest score."""
+    k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        i, j = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+        score = tl.where(_visible(i[:, None], j[None, :], window, HAS_WINDOW), score, float("-inf"))
+    new = tl.maximum(top, tl.max(score, axis=1) * scale2)
+    base = new
+    if MASKED and HAS_WINDOW:
+        base = tl.where(new == float("-inf"), 0.0, new)  # a query that sees nothing so far
+    p = tl.math.exp2(score * scale2 - base[:, None])
+    shrink = tl.math.exp2(top - base)
+    v = _load_rows(v_ptr, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, norm * shrink + tl.sum(p, axis=1), new
+
+
+@triton.jit
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
+    T, group, window, scale2,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    # The last queries of a sequence have the most keys: they start first.
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + tl.program_id(2)).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - start).to(tl.int32)
+    if m0 >= length:
+        return
+    k_ptr += start * stride_kt + head // group * stride_kh
+    v_ptr += start * stride_vt + head // group * stride_vh
+    q = _load_rows(q_ptr + start * stride_qt + head * stride_qh, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)
+    acc = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
+    norm = tl.zeros([BLOCK_M], dtype=tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    first, edge, full, diagonal = _key_blocks(m0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
+    for block in range(full):
+        acc, norm, top = _attend(
+            acc, norm, top, q, k_ptr, v_ptr, m0, first + (edge + block) * BLOCK_N, length, window, scale2,
+            stride_kt, stride_vt, False, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+    for block in range(edge + diagonal):
+        n0 = first + tl.where(block < edge, block, block + full) * BLOCK_N
+        acc, norm, top = _attend(
+            acc, norm, top, q, k_ptr, v_ptr, m0, n0, length, window, scale2,
+            stride_kt, stride_vt, True, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+    if HAS_WINDOW:
+        norm = tl.where(norm == 0.0, 1.0, norm)  # a row past the end, which is not stored, may see nothing
+    out = out_ptr + start * stride_ot + head * E
+    _store_rows(out, acc / norm[:, None], m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    tl.store(lse_ptr + head * T + start + rows, top + tl.math.log2(norm), mask=rows < length)
+
+
+@triton.jit
+def attention_delta_kernel(
+    out_ptr, dout_ptr, delta_ptr,
+    T, H,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_E)
+    head = tl.program_id(1).to(tl.int64)
+    mask = (rows < T)[:, None] & (cols < E)[None, :]
+    offsets = (rows * H + head)[:, None] * E + cols[None, :]
+    out = tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + head * T + rows, tl.sum(out * dout, axis=1), mask=rows < T)
+
+
+@triton.jit
+def _add_dkdv(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, m0, n0, length, window, scale2, stride_qt, stride_ot,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with one more block of queries. Scores are held transposed: p and ds are then left operands."""
+    i = m0 + tl.arange(0, BLOCK_M)
+    q = _load_rows(q_ptr, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)
+    lse = tl.load(lse_ptr + i, mask=i < length, other=float("inf"))  # p = 0 past the end
+    score = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = tl.math.exp2(score * scale2 - lse[None, :])
+    if MASKED:
+        j = n0 + tl.arange(0, BLOCK_N)
+        p = tl.where(_visible(i[None, :], j[:, None], window, HAS_WINDOW), p, 0.0)
+    dout = _load_rows(dout_ptr, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    delta = tl.load(delta_ptr + i, mask=i < length, other=0.0)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
+    T, group, window, scale, scale2,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_gt,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    n0 = tl.program_id(0) * BLOCK_N  # the first keys of a sequence have the most queries
+    key_head = tl.program_id(1).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + tl.program_id(2)).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - start).to(tl.int32)
+    if n0 >= length:
+        return
+    k = _load_rows(k_ptr + start * stride_kt + key_head * stride_kh, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)
+    v = _load_rows(v_ptr + start * stride_vt + key_head * stride_vh, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)
+    dk = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
+    first, diagonal, full, edge = _query_blocks(n0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
+    # The whole group in one program, in order: its sum needs no atomic additions and has the same bits every time.
+    # One loop over heads and blocks, not one in the other: loads of the next head start before the last one is done.
+    q_ptr += start * stride_qt + key_head * group * stride_qh
+    dout_ptr += start * stride_ot + key_head * group * E
+    lse_ptr += key_head * group * T + start
+    delta_ptr += key_head * group * T + start
+    cut = diagonal + edge
+    for step in range(group * cut):
+        head, block = (step // cut).to(tl.int64), step % cut
+        m0 = first + tl.where(block < diagonal, block, block + full) * BLOCK_M
+        dk, dv = _add_dkdv(
+            dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
+            m0, n0, length, window, scale2, stride_qt, stride_ot, True, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+    for step in range(group * full):
+        head, m0 = (step // full).to(tl.int64), first + (diagonal + step % full) * BLOCK_M
+        dk, dv = _add_dkdv(
+            dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
+            m0, n0, length, window, scale2, stride_qt, stride_ot, False, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+    out = start * stride_gt + key_head * E
+    _store_rows(dk_ptr + out, dk * scale, n0, length, stride_gt, E, BLOCK_N, BLOCK_E)
+    _store_rows(dv_ptr + out, dv, n0, length, stride_gt, E, BLOCK_N, BLOCK_E)
+
+
+@triton.jit
+def _add_dq(
+    dq, q, dout, lse, delta, k_ptr, v_ptr, m0, n0, length, window, scale2, stride_kt, stride_vt,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dq with one more block of keys."""
+    k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)
+    v = _load_rows(v_ptr, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)
+    p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse[:, None])
+    if MASKED:
+        i, j = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+        p = tl.where(_visible(i[:, None], j[None, :], window, HAS_WINDOW), p, 0.0)
+    ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
+    T, group, window, scale, scale2,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + tl.program_id(2)).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - start).to(tl.int32)
+    if m0 >= length:
+        return
+    k_ptr += start * stride_kt + head // group * stride_kh
+    v_ptr += start * stride_vt + head // group * stride_vh
+    out = start * stride_ot + head * E
+    q = _load_rows(q_ptr + start * stride_qt + head * stride_qh, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)
+    dout = _load_rows(dout_ptr + out, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    lse = tl.load(lse_ptr + head * T + start + rows, mask=rows < length, other=float("inf"))
+    delta = tl.load(delta_ptr + head * T + start + rows, mask=rows < length, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
+    first, edge, full, diagonal = _key_blocks(m0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
+    for block in range(full):
+        dq = _add_dq(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, m0, first + (edge + block) * BLOCK_N, length, window, scale2,
+            stride_kt, stride_vt, False, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+    for block in range(edge + diagonal):
+        n0 = first + tl.where(block < edge, block, block + full) * BLOCK_N
+        dq = _add_dq(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, m0, n0, length, window, scale2,
+            stride_kt, stride_vt, True, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+    _store_rows(dq_ptr + out, dq * scale, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) for heads of up to 64, 128 and 256 elements: large, without spilling.
+# float32 takes no tensor cores, so as to be exact: its blocks are held and multiplied in registers.
+_FLOAT32 = {
+    "forward": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    "dkdv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    "dq": ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 16, 1)),
+}
+_AMPERE = {
+    "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+    "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    "dq": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+}
+_HOPPER = {  # and later: its matrix instructions take 64 rows for each 4 warps
+    "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
+    "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 8, 2)),  # 256 elements of both would spill in 64 rows
+    "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+}
+
+
+def launch_config(E: int, dtype: torch.dtype, which: str, capability: tuple[int, int]) -> dict[str, int]:
+    """Blocks, warps and stages of kernel `which` ("forward", "delta", "dkdv", "dq") for heads of E elements."""
+    block = max(16, block_size(E))
+    if which == "delta":
+        return {"BLOCK_M": 4096 // block, "BLOCK_E": block, "num_warps": 4}
+    table = _FLOAT32 if dtype == torch.float32 else _HOPPER if capability >= (9, 0) else _AMPERE
+    M, N, warps, stages = table[which][0 if block <= 64 else 1 if block <= 128 else 2]
+    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_E": block, "num_warps": warps, "num_stages": stages}
+
+
+def _sequences(cu_seqlens: Tensor, T: int, max_seqlen: int) -> list[tuple[int, int]]:
+    """(first token, end) of every sequence that is not empty. Reads cu_seqlens: for tensors on the CPU."""
+    bounds = cu_seqlens.tolist()
+    sequences = list(pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != T or any(end < start for start, end in sequences):
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to {T}, not {bounds}")
+    if any(end - start > max_seqlen for start, end in sequences):
+        raise ValueError(f"attention: max_seqlen is {max_seqlen}, the longest sequence is longer")
+    return [(start, end) for start, end in sequences if end > start]
+
+
+def _chunks(sequences: list[tuple[int, int]], window: int | None) -> Iterator[tuple[slice, slice, bool]]:
+    """(queries, keys, windowed): a sequence whole, or the queries of a chunk with the keys that they can see."""
+    for start, end in sequences:
+        if window is None or window >= end - start:
+            yield slice(start, end), slice(start, end), False
+        else:
+            for i in range(start, end, CPU_CHUNK):
+                stop = min(i + CPU_CHUNK, end)
+                yield slice(i, stop), slice(max(start, i - window + 1), stop), True
+
+
+def _window_mask(queries: slice, keys: slice, window: int, dtype: torch.dtype) -> Tensor:
+    """0 where the query sees the key, -inf elsewhere: [queries, keys]."""
+    distance = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(keys.start, keys.stop)[None, :]
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def _grouped(x: Tensor, K: int, G: int, dtype: torch.dtype) -> Tensor:
+    """x [N, K G, E] or [N, K, E] as [G, K, N, E], the heads of a group as a batch: keys are expanded, not copied."""
+    return x.to(dtype).unflatten(1, (K, -1)).permute(2, 1, 0, 3).expand(G, -1, -1, -1)
+
+
+def _forward_cpu(
+    q: Tensor, k: Tensor, v: Tensor, sequences: list[tuple[int, int]], scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse [H, T]). 16-bit tensors are widened a chunk at a time: backward is faster so, and exact."""
+    (T, H, _), K = q.shape, k.shape[1]
+    G, wide = H // K, torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(H, T, dtype=wide)
+    for queries, keys, windowed in _chunks(sequences, window):
+        o, part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _grouped(q[queries], K, G, wide), _grouped(k[keys], K, G, wide), _grouped(v[keys], K, G, wide),
+            0.0, not windowed, scale=scale,
+            attn_mask=_window_mask(queries, keys, window, wide) if windowed and window else None,
+        )  # fmt: skip
+        out[queries].unflatten(1, (K, G)).copy_(o.permute(2, 1, 0, 3))
+        lse[:, queries].unflatten(0, (K, G)).copy_(part.transpose(0, 1))
+    return out, lse
+
+
+def _backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    sequences: list[tuple[int, int]], scale: float, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv). The heads of a group, and chunks that share keys, are summed in lse's dtype."""
+    H, K = q.shape[1], k.shape[1]
+    G, wide = H // K, lse.dtype
+    dq = torch.empty(q.shape, dtype=q.dtype)
+    dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(k.shape, dtype=wide)
+    for queries, keys, windowed in _chunks(sequences, window):
+        dq_part, dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _grouped(dout[queries], K, G, wide),
+            _grouped(q[queries], K, G, wide), _grouped(k[keys], K, G, wide), _grouped(v[keys], K, G, wide),
+            _grouped(out[queries], K, G, wide), lse[:, queries].unflatten(0, (K, G)).transpose(0, 1),
+            0.0, not windowed, scale=scale,
+            attn_mask=_window_mask(queries, keys, window, wide) if windowed and window else None,
+        )  # fmt: skip
+        dq[queries].unflatten(1, (K, G)).copy_(dq_part.permute(2, 1, 0, 3))
+        dk[keys] += dk_part.sum(0).transpose(0, 1)
+        dv[keys] += dv_part.sum(0).transpose(0, 1)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; a stand-in where there is none (the interpreter)."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _forward_triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse [H, T]), lse in base 2."""
+    (T, H, E), K, S = q.shape, k.shape[1], cu_seqlens.numel() - 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(H, T, dtype=torch.float32, device=q.device)
+    if T:
+        config = launch_config(E, q.dtype, "forward", _capability(q.device))
+        attention_forward_kernel[(cdiv(max_seqlen, config["BLOCK_M"]), H, S)](
+            q, k, v, out, lse, cu_seqlens, T, H // K, window or 0, scale * LOG2_E,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H * E,
+            HAS_WINDOW=window is not None, E=E, **config,
+        )  # fmt: skip
+    return out, lse
+
+
+def _backward_triton(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (T, H, E), K, S = q.shape, k.shape[1], cu_seqlens.numel() - 1
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    if T:
+        which = {name: launch_config(E, q.dtype, name, _capability(q.device)) for name in ("delta", "dkdv", "dq")}
+        attention_delta_kernel[(cdiv(T, which["delta"]["BLOCK_M"]), H)](out, dout, delta, T, H, E, **which["delta"])
+        sizes = (T, H // K, window or 0, scale, scale * LOG2_E)
+        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H * E)
+        attention_dkdv_kernel[(cdiv(max_seqlen, which["dkdv"]["BLOCK_N"]), K, S)](
+            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *sizes, *strides, K * E,
+            HAS_WINDOW=window is not None, E=E, **which["dkdv"],
+        )  # fmt: skip
+        attention_dq_kernel[(cdiv(max_seqlen, which["dq"]["BLOCK_M"]), H, S)](
+            q, k, v, dout, lse, delta, dq, cu_seqlens, *sizes, *strides,
+            HAS_WINDOW=window is not None, E=E, **which["dq"],
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+class Attention(torch.autograd.Function):
+    """Saves q, k, v, out and one float a query and head."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
+    ) -> Tensor:
+        ctx.max_seqlen, ctx.scale, ctx.window = max_seqlen, scale, window
+        if use_triton(q, k, v, cu_seqlens):
+            if q.dtype == torch.float64:
+                raise ValueError("attention: float64 is for the CPU")
+            out, lse = _forward_triton(q, k, v, cu_seqlens, max_seqlen, scale, window)
+        else:
+            ctx.sequences = _sequences(cu_seqlens, q.shape[0], max_seqlen)
+            out, lse = _forward_cpu(q, k, v, ctx.sequences, scale, window)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        if use_triton(dout, q):
+            dout, sizes = dout.contiguous(), (ctx.max_seqlen, ctx.scale, ctx.window)
+            grads = _backward_triton(dout, q, k, v, out, lse, cu_seqlens, *sizes)
+        else:
+            grads = _backward_cpu(dout, q, k, v, out, lse, ctx.sequences, ctx.scale, ctx.window)
+        return *grads, None, None, None, None
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None, window: int | None
+) -> None:
+    if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"attention: q [T, H, E] and k [T, K, E] do not match: {tuple(q.shape)}, {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v is {tuple(v.shape)}, k is {tuple(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads do not divide among {k.shape[1]} key heads")
+    if not 1 <= q.shape[2] <= 256:
+        raise ValueError(f"attention: heads of 1 to 256 elements, not {q.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"attention: q, k, v must share a floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if any(x.stride(2) != 1 for x in (q, k, v)):
+        raise ValueError("attention: the last dimension of q, k and v must be contiguous")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not cu_seqlens.numel():
+        raise ValueError(f"attention: cu_seqlens must be int32 [S + 1], not {cu_seqlens.dtype} {cu_seqlens.shape}")
+    if max_seqlen < 0 or (scale is not None and not scale > 0) or (window is not None and window < 1):
+        raise ValueError(f"attention: max_seqlen {max_seqlen} < 0, scale {scale} <= 0 or window {window} < 1")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention within each packed sequence: [T, H, E], contiguous. Differentiable in q, k and v.
+
+    q: [T, H, E]; k, v: [T, K, E], H a multiple of K, E at most 256; the last dimension contiguous, the other strides
+    free. cu_seqlens: int32 [S + 1] on the same device, rising from 0 to T. max_seqlen: at least the longest sequence.
+    scale: above 0, E ** -0.5 unless given. window: a query sees itself and the window - 1 tokens before it, or all.
+    Raises ValueError on shapes, dtypes and devices that do not match. What cu_seqlens holds is checked on the CPU
+    only: the host does not read it from a GPU.
+    """
+    _check(q, k, v, cu_seqlens, max_seqlen, scale, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window)  # pyright: ignore

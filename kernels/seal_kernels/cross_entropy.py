@@ -1,0 +1,221 @@
+"""Log probabilities of target tokens, and their cross entropy, straight from hidden states: lm_head and loss in one.
+
+    z_t = weight @ hidden_t             logprobs_t = z_t[target_t] - log(sum_v exp(z_tv))
+
+Logits exist for one chunk of tokens at a time, in one buffer that all chunks use, never as [T, V]. The gradient of
+any loss of the logprobs is a multiple, row by row, of the unit gradient
+
+    U_t = d logprobs_t / d hidden_t = sum_v (1[v = target_t] - softmax(z_t)_v) weight_v
+
+which the forward computes while a chunk's logits are at hand. It saves U alone, in float32 so that a 16-bit gradient
+is rounded once; backward is dlogprobs_t U_t.
+
+Shapes: hidden [T, D]; weight [V, D], frozen; targets [T] int64, negative where a token has no target; logprobs [T].
+FLOPs: 2 T D V for the logprobs and 2 T D V more for U, in matrix products of chunk_tokens rows, by the vendor's
+library. Bytes a token between them, b per element: 4 V written by the product, 4 V read for the sum of exponentials,
+4 V read and b V written for onehot - softmax, b V read by the second product; weight is read twice a chunk. The
+products are compute bound on a GPU if the chunk is long enough, the rest is memory bound.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seal_kernels.dispatch import block_size, tl, triton, use_triton
+from seal_kernels.linear import widened_slices
+
+IGNORE = -1  # a target that is no target; any negative number is (-100 too)
+CHUNK_BYTES = 224 * 2**20  # of logits and what is made of them: 256 tokens of 152000 words in 16 bits
+
+
+def token_logprobs_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """All logits in hidden's dtype, then log softmax in float32 (float64 for float64 input)."""
+    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype))
+    logprobs = logits.to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(-1)
+    logprobs = logprobs.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
+    return logprobs.masked_fill(targets < 0, 0.0)
+
+
+def cross_entropy_ref(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(-sum(token_weights * logprobs), logprobs) for logprobs = token_logprobs_ref(...)."""
+    logprobs = token_logprobs_ref(hidden, weight, targets)
+    if token_weights is None:
+        return -logprobs.sum() / (targets >= 0).sum().clamp_min(1), logprobs
+    return -(token_weights * logprobs).sum(), logprobs
+
+
+def chunk_tokens(V: int, element_size: int) -> int:
+    """Tokens whose logits are held at once: CHUNK_BYTES of float32 logits and their gradient, whole matrix tiles.
+
+    element_size: bytes of an element of the gradient, which is the second matrix product's input.
+    """
+    tokens = CHUNK_BYTES // (V * (4 + element_size))
+    return max(16, tokens - tokens % (128 if tokens >= 128 else 16))
+
+
+@triton.jit
+def logprob_kernel(logits_ptr, targets_ptr, logprobs_ptr, grad_ptr, V, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
+    """One row of logits a program. With GRAD it writes onehot - softmax, which may go where the logits are."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    target = tl.load(targets_ptr + row)
+    found = target >= 0
+    target_col = target.to(tl.int32)
+    # A target that is out of range poisons its row rather than read another's memory.
+    z_target = tl.load(logits_ptr + target, mask=found & (target < V), other=float("nan"))
+    peak = tl.full((), -3e38, tl.float32)  # finite: -inf less -inf is NaN
+    others = tl.full((), 0.0, tl.float32)  # sum of exp(z - peak), the target left out: 1 - p loses digits where p ~ 1
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(z, axis=0))
+        e = tl.where(cols == target_col, 0.0, tl.exp(z - new_peak))
+        others = others * tl.exp(peak - new_peak) + tl.sum(e, axis=0)
+        peak = new_peak
+    total = others + tl.exp(z_target - peak)
+    tl.store(logprobs_ptr + row, tl.where(found, z_target - peak - tl.log(total), 0.0))
+    if GRAD:
+        grad_ptr += row * V
+        for start in range(0, V, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
+            grad = tl.where(cols == target_col, others, -tl.exp(z - peak)) / total
+            grad = tl.where(found, grad, 0.0).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + cols, grad, mask=cols < V)
+
+
+def launch_config(V: int) -> dict[str, Any]:
+    """Block and warps for a row of V logits: 16 elements a thread, for enough loads in flight with few rows."""
+    block = min(8192, block_size(V))
+    return {"BLOCK_V": block, "num_warps": max(1, block // 512)}
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b in float32, also from 16-bit matrices: unrounded where torch has that product."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def _forward_triton(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor | None) -> Tensor:
+    T, V = hidden.shape[0], weight.shape[0]
+    chunk = min(T, chunk_tokens(V, hidden.element_size()))
+    logprobs = torch.empty(T, dtype=torch.float32, device=hidden.device)
+    buffer = torch.empty(chunk, V, dtype=torch.float32, device=hidden.device)
+    grad_buffer = buffer
+    if unit is not None and hidden.dtype != torch.float32:
+        grad_buffer = torch.empty(chunk, V, dtype=hidden.dtype, device=hidden.device)
+    for first in range(0, T, max(1, chunk)):
+        rows = slice(first, min(first + chunk, T))
+        logits, grad = buffer[: rows.stop - first], grad_buffer[: rows.stop - first]
+        _product(hidden[rows], weight.T, logits)
+        logprob_kernel[(rows.stop - first,)](
+            logits, targets[rows].contiguous(), logprobs[rows], grad, V, GRAD=unit is not None, **launch_config(V)
+        )
+        if unit is not None:
+            _product(grad, weight, unit[rows])
+    return logprobs
+
+
+def _forward_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor | None) -> Tensor:
+    T, V = hidden.shape[0], weight.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    chunk = min(T, chunk_tokens(V, 4))
+
+    def slices() -> Iterable[tuple[slice, Tensor]]:
+        return [(slice(None), weight)] if weight.dtype == dtype else widened_slices(weight, dtype)
+
+    logprobs = torch.empty(T, dtype=dtype)
+    buffer = torch.empty(chunk, V, dtype=dtype)
+    for first in range(0, T, max(1, chunk)):
+        rows = slice(first, min(first + chunk, T))
+        h, target, z = hidden[rows].to(dtype), targets[rows, None], buffer[: rows.stop - first]
+        for words, wide in slices():
+            torch.mm(h, wide.T, out=z[:, words])
+        peak = z.amax(1, keepdim=True)
+        z_target = z.gather(1, target).sub_(peak)
+        # The target's term is added apart: 1 - softmax would lose the digits of the gradient where softmax is near 1.
+        others = z.sub_(peak).exp_().scatter_(1, target, 0.0).sum(1, keepdim=True)
+        total = others + z_target.exp()
+        logprobs[rows] = (z_target - total.log()).squeeze(1)
+        if unit is not None:
+            z.scatter_(1, target, -others)
+            u = unit[rows].zero_()
+            for words, wide in slices():
+                torch.addmm(u, z[:, words], wide, out=u)
+            u.div_(-total)
+    return logprobs
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Saves the unit gradient, on the CPU for the rows with a target alone, with the numbers of those rows."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
+        T, rows = hidden.shape[0], None
+        on_triton = use_triton(hidden, weight, targets)
+        if not on_triton and bool((targets < 0).any()):
+            rows = (targets >= 0).nonzero().squeeze(1)
+            hidden, targets = hidden[rows], targets[rows]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        unit = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if needs_grad else None
+        logprobs = (_forward_triton if on_triton else _forward_cpu)(hidden, weight, targets, unit)
+        ctx.save_for_backward(unit, rows)
+        ctx.T, ctx.dtype = T, hidden.dtype
+        return logprobs if rows is None else logprobs.new_zeros(T).index_copy_(0, rows, logprobs)
+
+    @staticmethod
+    def backward(ctx, dlogprobs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        unit, rows = ctx.saved_tensors
+        d = (dlogprobs if rows is None else dlogprobs[rows])[:, None]
+        dhidden = torch.mul(unit, d, out=torch.empty(unit.shape, dtype=ctx.dtype, device=unit.device))
+        dhidden.masked_fill_(d == 0, 0.0)  # a token that is not in the loss adds nothing, even one that is not finite
+        if rows is not None:
+            dhidden = dhidden.new_zeros(ctx.T, dhidden.shape[1]).index_copy_(0, rows, dhidden)
+        return dhidden, None, None, None
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """logprobs[t] = log softmax(weight @ hidden[t])[targets[t]], float32. Differentiable in hidden; weight is frozen.
+
+    hidden: [T, D]. weight: [V, D], of hidden's dtype; on the CPU of any, a narrower one is widened slice by slice.
+    targets: [T] int64; where negative the logprob and its gradient are 0. The CPU skips those rows; on CUDA they cost
+    what others do, as knowing their number would wait for the device: leave them out before. Raises ValueError on
+    other shapes and dtypes, and on the CPU on targets >= V. On CUDA such a row's logprob and gradient are NaN.
+    float64 hidden (CPU) is computed and returned in float64.
+    """
+    D, T, V = hidden.shape[-1], targets.numel(), weight.shape[0]
+    if hidden.shape != (T, D) or weight.shape != (V, D) or targets.shape != (T,) or targets.dtype != torch.int64:
+        given = ", ".join(f"{x.dtype} {list(x.shape)}" for x in (hidden, weight, targets))
+        raise ValueError(f"cross_entropy: hidden [T, D], weight [V, D] and int64 targets [T], not {given}")
+    if use_triton(hidden, weight, targets):
+        if weight.dtype != hidden.dtype or hidden.dtype == torch.float64:
+            raise ValueError(f"cross_entropy: one dtype, 16 bits or float32, not {hidden.dtype} and {weight.dtype}")
+    elif bool((targets >= V).any()):
+        raise ValueError(f"cross_entropy: target {int(targets.max())} in a vocabulary of {V}")
+    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    return TokenLogprobs.apply(hidden, weight, targets, needs_grad)  # pyright: ignore
+
+
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(loss, logprobs): loss = -sum_t token_weights[t] * logprobs[t], a float32 scalar, and token_logprobs(...).
+
+    token_weights: [T] float32; None weighs each of the n rows with a target 1/n. A row of weight 0 has no part in
+    loss or gradient, even if it is not finite. The logprobs are attached to the graph: more losses may be made of
+    them. Raises ValueError as token_logprobs does, and on other token_weights.
+    """
+    if token_weights is not None and token_weights.shape != targets.shape:
+        raise ValueError(f"cross_entropy: token_weights must be {(*targets.shape,)}, not {(*token_weights.shape,)}")
+    logprobs = token_logprobs(hidden, weight, targets)
+    if token_weights is None:
+        return -logprobs.sum() / (targets >= 0).sum().clamp_min(1), logprobs
+    return -(token_weights * logprobs.masked_fill(token_weights == 0, 0.0)).sum(), logprobs

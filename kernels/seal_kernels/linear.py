@@ -1,0 +1,106 @@
+"""Product with a frozen weight matrix: y = x W^T + b, backward dx = dy W. No gradient for W or b.
+
+Shapes: x [T, I], W [O, I], b [O]; y [T, O]. 2 T I O FLOPs each way, by the vendor's matrix product.
+
+A CPU without 16-bit matrix instructions multiplies bfloat16 three times slower than float32 (measured by
+benchmarks/bench_linear.py). So on the CPU activations are float32 whatever the weights are, and a
+16-bit weight is widened a slice of rows at a time into a scratch that stays in the cache: its memory stays 16-bit.
+
+The vendor's product gives a row other bits when the number of rows changes (it may split the sum over I differently).
+With row_tile, x goes through in tiles of exactly that many rows, the last one padded with zeros: then a row's bits
+depend on nothing but the row (checked on a CPU for many sizes and places in the tile).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: small enough to stay in the last-level cache until it is used
+
+
+def frozen_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The equation in x's dtype."""
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def widened_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, weight[rows] in dtype) for consecutive slices of rows that cover weight.
+
+    The tensor given out is only valid until the next one is asked for: all share one scratch.
+    """
+    rows = max(1, min(len(weight), SLICE_ELEMENTS // weight.shape[1]))
+    scratch = torch.empty(rows, weight.shape[1], dtype=dtype, device=weight.device)
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        yield slice(start, start + len(part)), scratch[: len(part)].copy_(part)
+
+
+def _in_tiles(product: Callable[[Tensor], Tensor], x: Tensor, row_tile: int | None) -> Tensor:
+    """product(x), or product of tiles of row_tile rows of x."""
+    if row_tile is None:
+        return product(x)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % row_tile))
+    tiles = [product(tile.contiguous()) for tile in padded.split(row_tile)] if len(x) else [product(x)]
+    return torch.cat(tiles)[: len(x)]
+
+
+def frozen_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None) -> Tensor:
+    """x W^T + b, outside autograd."""
+
+    def product(x: Tensor) -> Tensor:
+        if x.dtype == weight.dtype:
+            return torch.nn.functional.linear(x, weight, bias)
+        y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+        for rows, wide in widened_slices(weight, x.dtype):
+            torch.mm(x, wide.T, out=y[:, rows])
+        return y if bias is None else y.add_(bias)
+
+    return _in_tiles(product, x, row_tile)
+
+
+def frozen_linear_backward(dy: Tensor, weight: Tensor, row_tile: int | None) -> Tensor:
+    """dx = dy W, outside autograd."""
+
+    def product(dy: Tensor) -> Tensor:
+        if dy.dtype == weight.dtype:
+            return dy @ weight
+        dx = torch.zeros(len(dy), weight.shape[1], dtype=dy.dtype, device=dy.device)
+        for rows, wide in widened_slices(weight, dy.dtype):
+            dx.addmm_(dy[:, rows], wide)
+        return dx
+
+    return _in_tiles(product, dy, row_tile)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """Saves only the weight (no copy)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.row_tile = row_tile
+        return frozen_linear_forward(x, weight, bias, row_tile)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        return frozen_linear_backward(dy, weight, ctx.row_tile), None, None, None
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """ValueError unless x is [T, I], weight [O, I] and bias [O] or None."""
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"frozen_linear: x is {tuple(x.shape)}, weight is {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"frozen_linear: bias is {tuple(bias.shape)}, weight is {tuple(weight.shape)}")
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, row_tile: int | None = None) -> Tensor:
+    """x [T, I] times weight [O, I] transposed plus bias [O], in x's dtype: [T, O]. Differentiable in x only.
+
+    weight and bias may be in a narrower dtype than x. row_tile: a row's result does not depend on the other rows, bit
+    for bit. Raises ValueError on shapes that do not match.
+    """
+    check_linear(x, weight, bias)
+    return FrozenLinear.apply(x, weight, bias, row_tile)  # pyright: ignore[reportReturnType]

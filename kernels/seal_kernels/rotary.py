@@ -1,0 +1,138 @@
+"""Rotary position embedding of queries and keys (Su et al., arXiv 2104.09864), pairing the two halves of a head.
+
+Element i of the first half and element i of the second half, i < E/2, are one point that turns by the token's angle:
+
+    x1' = x1 cos - x2 sin           x2' = x2 cos + x1 sin
+
+Backward is the rotation by the negative angle, so only cos and sin are saved.
+
+Shapes: q [T, H, E] and k [T, K, E], E even, the last dimension contiguous and the others at any stride (views into a
+packed projection, for instance); cos and sin [T, E/2], which say each token's position. q and k share one launch.
+Bytes, b per element: 2 b (H + K) E a token (one read, one write), and 4 E of float32 cos and sin, which all heads of
+a token share. 3 FLOPs an element: memory bound.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
+
+
+def rotary_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The equation in float32 (float64 for float64 input), in q's dtype."""
+
+    def rotate(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x1, x2 = x.to(wide).chunk(2, -1)
+        c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]
+        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+@triton.jit
+def _rotate_rows(
+    x_ptr, out_ptr, cos_ptr, sin_ptr, first, N, heads, half, stride_token, stride_head,
+    INVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    rows = first + tl.arange(0, BLOCK_N)  # one row is one head of one token
+    cols = tl.arange(0, BLOCK_E)
+    mask = (rows < N)[:, None] & (cols < half)[None, :]
+    tokens = rows // heads
+    x_at = x_ptr + (tokens * stride_token + (rows - tokens * heads) * stride_head)[:, None] + cols[None, :]
+    angle_at = (tokens * half)[:, None] + cols[None, :]
+    x1 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_at + half, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+    out_at = out_ptr + (rows * (2 * half))[:, None] + cols[None, :]
+    tl.store(out_at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_at + half, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotary_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    q_rows, k_rows, H, K, half, q_programs,
+    stride_qt, stride_qh, stride_kt, stride_kh,
+    INVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    if program < q_programs:
+        _rotate_rows(
+            q_ptr, q_out_ptr, cos_ptr, sin_ptr, program * BLOCK_N, q_rows, H, half, stride_qt, stride_qh,
+            INVERSE, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+    else:
+        _rotate_rows(
+            k_ptr, k_out_ptr, cos_ptr, sin_ptr, (program - q_programs) * BLOCK_N, k_rows, K, half,
+            stride_kt, stride_kh, INVERSE, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+
+
+def launch_config(E: int) -> dict[str, Any]:
+    """Heads a program, block and warps for heads of E: 1024 pairs a program, 8 a thread."""
+    block = block_size(E // 2)
+    return {"BLOCK_N": max(1, 1024 // block), "BLOCK_E": block, "num_warps": 4}
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = out if out.dtype == dtype else torch.empty(x.shape, dtype=dtype)
+    x1, x2 = x.to(dtype).chunk(2, -1)
+    y1, y2 = wide.chunk(2, -1)
+    cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    sign = -1 if inverse else 1
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
+    return out if wide is out else out.copy_(wide)
+
+
+def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    if not use_triton(q, k, cos, sin):
+        return _rotate(q, cos, sin, inverse), _rotate(k, cos, sin, inverse)
+    (T, H, E), K = q.shape, k.shape[1]
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    config = launch_config(E)
+    q_programs, k_programs = cdiv(T * H, config["BLOCK_N"]), cdiv(T * K, config["BLOCK_N"])
+    if T:
+        rotary_kernel[(q_programs + k_programs,)](
+            q, k, cos, sin, q_out, k_out, T * H, T * K, H, K, E // 2, q_programs,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), INVERSE=inverse, **config,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+class Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_both(q, k, cos, sin, inverse=False)
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dq, dk = (d if d.stride(-1) == 1 else d.contiguous() for d in (dq, dk))
+        return *_rotate_both(dq, dk, *ctx.saved_tensors, inverse=True), None, None
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(q', k'): q and k turned by their tokens' angles, contiguous. Differentiable in q and k.
+
+    q: [T, H, E], k: [T, K, E], of one dtype, E even, the last dimension contiguous. cos, sin: [T, E/2], contiguous,
+    float32. Raises ValueError on other shapes.
+    """
+    if q.dim() != 3 or k.dim() != 3 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or k.dtype != q.dtype:
+        raise ValueError(f"rotary: q [T, H, E] and k [T, K, E] of one dtype, not {tuple(q.shape)}, {tuple(k.shape)}")
+    T, _, E = q.shape
+    if E % 2 or q.stride(2) != 1 or k.stride(2) != 1:
+        raise ValueError(f"rotary: heads must be contiguous, of even length, not {tuple(q.shape)}, {tuple(k.shape)}")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        if angle.shape != (T, E // 2) or not angle.is_contiguous():
+            raise ValueError(f"rotary: {name} must be contiguous and {(T, E // 2)}, not {tuple(angle.shape)}")
+    return Rotary.apply(q, k, cos, sin)  # pyright: ignore

@@ -1,0 +1,147 @@
+"""SwiGLU, the gate of a transformer's feed-forward block (Shazeer, arXiv 2002.05202), on a packed projection.
+
+    y = silu(gate) * up,    gate, up = gate_up[:, :F], gate_up[:, F:],    silu(g) = g * s,    s = 1 / (1 + exp(-g))
+
+Backward, with dy the gradient that reaches y; s is computed again from gate_up, the only tensor saved:
+
+    dgate = dy * up * s * (1 + g * (1 - s))         dup = dy * g * s
+
+Shapes: gate_up [T, 2F] with contiguous rows at any row stride; y [T, F].
+Bytes, b per element: forward 3 b F a row (two reads, one write), backward 5 b F (three reads, two writes). About 5 F
+FLOPs and one exponential an element forward, twice that backward: memory bound.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
+
+
+def swiglu_ref(gate_up: Tensor) -> Tensor:
+    """The equation in float32 (float64 for float64 input), in gate_up's dtype."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))  # at most 1: exp(-x) overflows for large negative x
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def swiglu_forward_kernel(gate_up_ptr, y_ptr, T, F, stride_row, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = (rows < T)[:, None] & (cols < F)[None, :]
+    at = gate_up_ptr + rows[:, None] * stride_row + cols[None, :]
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
+    y = gate * _sigmoid(gate) * up
+    tl.store(y_ptr + rows[:, None] * F + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    dy_ptr, gate_up_ptr, dgate_up_ptr, T, F, stride_row, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = (rows < T)[:, None] & (cols < F)[None, :]
+    at = gate_up_ptr + rows[:, None] * stride_row + cols[None, :]
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + rows[:, None] * F + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    s = _sigmoid(gate)
+    out = dgate_up_ptr + rows[:, None] * (2 * F) + cols[None, :]
+    dgate = dy * up * s * (1.0 + gate * (1.0 - s))
+    tl.store(out, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(out + F, (dy * gate * s).to(dgate_up_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_config(F: int) -> dict[str, Any]:
+    """Block and warps for rows of F: a program has 2048 elements, 16 a thread, of several rows where F is small."""
+    block = min(1024, block_size(F))
+    return {"BLOCK_T": 2048 // block, "BLOCK_F": block, "num_warps": 4}
+
+
+class SwiGLU(torch.autograd.Function):
+    """Saves gate_up, which the projection before it made anyway."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, row_independent: bool) -> Tensor:
+        T, F = gate_up.shape[0], gate_up.shape[1] // 2
+        y = torch.empty(T, F, dtype=gate_up.dtype, device=gate_up.device)
+        if use_triton(gate_up):
+            if T:
+                config = launch_config(F)
+                grid = (cdiv(T, config["BLOCK_T"]), cdiv(F, config["BLOCK_F"]))
+                swiglu_forward_kernel[grid](gate_up, y, T, F, gate_up.stride(0), **config)
+        else:
+            gate, up = gate_up[:, :F], gate_up[:, F:]
+            wide = _widened(y)
+            if row_independent:
+                torch.mul(gate, _sigmoid_cpu(gate.to(wide.dtype)), out=wide)
+            else:
+                torch.ops.aten.silu.out(gate.to(wide.dtype), out=wide)
+            wide.mul_(up)
+            if wide is not y:
+                y.copy_(wide)
+        ctx.save_for_backward(gate_up)
+        ctx.row_independent = row_independent
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gate_up,) = ctx.saved_tensors
+        T, F = gate_up.shape[0], gate_up.shape[1] // 2
+        dgate_up = torch.empty(T, 2 * F, dtype=gate_up.dtype, device=gate_up.device)
+        if use_triton(dy, gate_up):
+            if T:
+                config = launch_config(F)
+                grid = (cdiv(T, config["BLOCK_T"]), cdiv(F, config["BLOCK_F"]))
+                swiglu_backward_kernel[grid](dy.contiguous(), gate_up, dgate_up, T, F, gate_up.stride(0), **config)
+        else:
+            wide = _widened(dgate_up)
+            dgate, dup = wide[:, :F], wide[:, F:]
+            gate, up = gate_up[:, :F].to(wide.dtype), gate_up[:, F:]
+            if ctx.row_independent:
+                sigmoid = _sigmoid_cpu(gate)
+                torch.mul(gate, sigmoid, out=dup)
+                torch.mul(dup, 1 - sigmoid, out=dgate).add_(sigmoid).mul_(dy).mul_(up)
+                dup.mul_(dy)
+            else:
+                torch.ops.aten.silu.out(gate, out=dup)
+                dup.mul_(dy)
+                torch.mul(dy, up, out=dgate) if wide is dgate_up else dgate.copy_(dy).mul_(up)
+                torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+            if wide is not dgate_up:
+                dgate_up.copy_(wide)
+        return dgate_up, None
+
+
+def _sigmoid_cpu(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) by operations whose bits do not depend on where an element lies.
+
+    torch's silu and sigmoid take other code at the end of a thread's share, which gives other bits; its exp does not.
+    """
+    return torch.neg(x).exp_().add_(1).reciprocal_()
+
+
+def _widened(out: Tensor) -> Tensor:
+    """Where the CPU path computes: out itself, or float32 of its shape where out is narrower."""
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    return out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
+
+
+def swiglu(gate_up: Tensor, row_independent: bool = False) -> Tensor:
+    """silu(gate_up[:, :F]) * gate_up[:, F:], contiguous. Differentiable.
+
+    gate_up: [T, 2F] with contiguous rows, at any row stride. row_independent: a row's bits do not depend on the other
+    rows, for more passes on the CPU; Triton's never do. Raises ValueError on other shapes.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.shape[1] or gate_up.stride(1) != 1:
+        raise ValueError(f"swiglu: gate_up must be [T, 2F] with contiguous rows, not {tuple(gate_up.shape)}")
+    return SwiGLU.apply(gate_up, row_independent)  # pyright: ignore

@@ -1,0 +1,21 @@
+"""A small, fast engine for self-adapting language models. See README.md."""
+
+from seal_engine.adapters import Adapter
+from seal_engine.engine import Engine
+from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, TrainSequence
+from seal_engine.plan import Plan
+from seal_engine.types import InputError, LoraConfig
+
+__all__ = [
+    "AdamParams",
+    "Adapter",
+    "Datum",
+    "DatumResult",
+    "Engine",
+    "InputError",
+    "LoraConfig",
+    "Plan",
+    "TrainJob",
+    "TrainResult",
+    "TrainSequence",
+]

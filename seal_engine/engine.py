@@ -1,0 +1,300 @@
+"""Engine: owns the model and the tokenizer, trains adapters and scores sequences under them.
+
+Sequences go through the model packed end to end, up to a token budget at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from seal_engine.adapters import Adapter, LoraBatch, adapter_layout
+from seal_engine.checkpoint import load_model, save_model
+from seal_engine.config import DTYPES, ModelConfig
+from seal_engine.files import show
+from seal_engine.inputs import Inputs
+from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult
+from seal_engine.model import Model
+from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
+from seal_engine.tokenizer import Tokenizer
+from seal_engine.train import Trainer, forward_backward, optim_step
+from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_integer, require
+
+TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
+ROW_TILE = 128  # rows a matrix product in deterministic mode: large enough to be fast
+CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
+
+
+class Engine:
+    """A checkpoint, ready to run. Build it with `Engine.from_pretrained`."""
+
+    def __init__(
+        self,
+        model: Model,
+        directory: Path | None = None,
+        tokenizer: Tokenizer | None = None,
+        deterministic: bool = False,
+    ):
+        """directory: where tokenizer files are found and copied from; tokenizer: in place of reading them."""
+        self.model = model
+        self.directory = directory
+        if deterministic:
+            model.row_tile = ROW_TILE
+        self.inputs = Inputs(model.config, lambda: self.tokenizer)
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+
+    @staticmethod
+    def from_pretrained(
+        path: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        deterministic: bool = False,
+    ) -> "Engine":
+        """Load a Hugging Face checkpoint directory (Llama 2/3, Mistral, Qwen2/2.5, Qwen3; safetensors).
+
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or a torch.device.
+        dtype: "auto" (as the checkpoint says), "float32", "float16", "bfloat16" or a torch.dtype: of the parameters.
+        On a CPU, activations are float32 whatever the parameters are.
+        deterministic: an adapter trained alone and among any others comes out the same bit for bit (on a CPU), not
+        only to float32 rounding.
+        Raises InputError (a ValueError) naming the file and field for anything that cannot be loaded.
+        """
+        directory = _path(path)
+        engine = Engine(load_model(directory, _dtype(dtype), _device(device)), directory, deterministic=deterministic)
+        if (directory / "tokenizer.json").exists():
+            _ = engine.tokenizer  # a broken tokenizer is refused now; a missing one when text is first used
+        return engine
+
+    @property
+    def config(self) -> ModelConfig:
+        """The checkpoint's configuration."""
+        return self.model.config
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises InputError if it has none: token ids work without."""
+        if self.directory is None:
+            raise InputError("this engine was built without a tokenizer; accepted: sequences of token ids")
+        return Tokenizer.from_directory(self.directory)
+
+    @torch.no_grad()
+    def logits(
+        self, sequences: Sequence[str | Sequence[int]], adapters: Sequence[Adapter | None] | Adapter | None = None
+    ) -> list[Tensor]:
+        """For each sequence, text or token ids, its next-token logits: [num_tokens, V] float32, on the device.
+
+        adapters: one for each sequence (None: the base), or one for all. A batch of long sequences over a large
+        vocabulary is large: 4 V bytes a token. `score` needs no such memory. Raises InputError naming the sequence:
+        empty, longer than the model, ids outside the vocabulary.
+        """
+        results: dict[int, Tensor] = {}
+        for members, batch, lora in self._batches(self.inputs.sequences(sequences), adapters):
+            logits = self.model.logits(self.model.hidden_states(batch, lora))
+            results |= dict(zip(members, logits.split(batch.lengths), strict=True))
+        return [results[i] for i in range(len(results))]
+
+    @torch.no_grad()
+    def score(
+        self, sequences: Sequence[str | Sequence[int]], adapters: Sequence[Adapter | None] | Adapter | None = None
+    ) -> list[Tensor]:
+        """For each sequence of n tokens, text or ids, [n - 1] float32: log p(token i+1 | tokens 0 .. i), on the CPU.
+
+        Equals log-softmax of `logits`, without holding them. Takes and raises what `logits` does.
+        """
+        results: dict[int, Tensor] = {}
+        for members, batch, lora in self._batches(self.inputs.sequences(sequences), adapters):
+            hidden = self.model.hidden_states(batch, lora)
+            predicts = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+            predicts[batch.cu_seqlens[1:].long() - 1] = False  # a last token predicts nothing that is known
+            rows = predicts.nonzero().squeeze(1)
+            logprobs = self.model.token_logprobs(hidden[rows], batch.token_ids[rows + 1]).cpu()
+            results |= dict(zip(members, logprobs.split([n - 1 for n in batch.lengths]), strict=True))
+        return [results[i] for i in range(len(results))]
+
+    def create_adapter(self, lora: LoraConfig, seed: int = 0) -> Adapter:
+        """A new adapter on this engine's device: A as PEFT draws it, B zero. Raises InputError for a bad config."""
+        return Adapter.create(self.config, lora, self.model.device, seed)
+
+    def load_adapter(self, directory: str | Path) -> Adapter:
+        """Read an adapter in PEFT's format (`Adapter.save` writes it). Raises InputError naming the file and field."""
+        return Adapter.load(_path(directory), self.config, self.model.device)
+
+    @torch.no_grad()
+    def merge(self, adapter: Adapter) -> None:
+        """Add the adapter to the base for good: W += scale (A^T B)^T, in float32, then in the base's dtype."""
+        if not isinstance(adapter, Adapter):
+            raise InputError(f"adapter: found {show(adapter)}; accepted: an Adapter")
+        adapter.check_model(self.config, "adapter")
+        views = dict(self.model.named_tensors())
+        for name, a, b, scale in adapter.projections_with_scales():
+            weight = views[f"{name}.weight"]
+            weight.copy_(weight.float().addmm_(b.T, a, alpha=scale))
+
+    def forward_backward(self, data: Sequence[Datum]) -> list[DatumResult]:
+        """Add each datum's gradient to its adapter's; see `train.forward_backward`."""
+        budget = self._plan_budget()
+        return forward_backward(self.model, data, budget)
+
+    def optim_step(self, steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
+        """One AdamW step of each adapter, all at once; returns gradient norms. See `train.optim_step`."""
+        return optim_step(steps)
+
+    def trainer(
+        self,
+        token_budget: int | None = None,
+        recompute: str = "auto",
+        callback: Callable[[int, int, float], None] | None = None,
+        memory_bytes: int | None = None,
+    ) -> Trainer:
+        """A Trainer over this engine's model: submit jobs, step, poll.
+
+        token_budget: tokens a pass; None: TOKEN_BUDGET, on a CPU CPU_TOKEN_BUDGET. recompute: "none", "mlp",
+        "layer", or "auto": as little as lets a full pass's jobs be resident. memory_bytes: what may be used beside the
+        weights; None: what is free.
+        """
+        require(recompute in ("auto", *RECOMPUTE), "recompute", recompute, f"one of {['auto', *RECOMPUTE]}")
+        budget = self._plan_budget() if token_budget is None else token_budget
+        require(is_integer(budget) and budget >= 1, "token_budget", token_budget, "an integer >= 1")
+        free = free_memory(self.model.device) if memory_bytes is None else memory_bytes
+        element_size = self.model.compute_dtype.itemsize
+        choice = "none" if recompute == "auto" else recompute
+        everywhere = adapter_layout(self.config, LoraConfig(r=1, target_modules="all-linear"))
+        costs = {c: activation_bytes(self.config, everywhere, budget, element_size, c) for c in RECOMPUTE}
+        if recompute == "auto":
+            choice = next((c for c in RECOMPUTE if costs[c] <= HEADROOM * free / 2), "layer")
+        return Trainer(
+            self.model,
+            self.inputs.train_sequences,
+            budget,
+            state_bytes=max(0, int(HEADROOM * (free - costs[choice]))),
+            recompute=choice,
+            callback=callback,
+        )
+
+    def train(
+        self,
+        jobs: Sequence[TrainJob],
+        callback: Callable[[int, int, float], None] | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> list[TrainResult]:
+        """Train all jobs at once, each its own adapter; results in job order.
+
+        A job that cannot be trained or that diverges fails alone: its result has an error and no adapter.
+        callback(job number, step, loss) after every optimizer step. progress: a bar over jobs and tokens, if it takes
+        over a second. options: as of `trainer`.
+        """
+        if not isinstance(jobs, Sequence) or isinstance(jobs, str):
+            raise InputError(f"jobs: found {show(jobs)}; accepted: a list of TrainJob")
+        trainer = self.trainer(callback=callback, **options)
+        ids = [trainer.submit(job) for job in jobs]
+        with tqdm(total=len(jobs), unit="job", desc="Training", delay=1.0, disable=not progress) as bar:
+            start = perf_counter()
+            while trainer.busy:
+                trainer.step()
+                bar.n = trainer.num_done
+                rate = trainer.tokens_done / (perf_counter() - start)
+                bar.set_postfix_str(f"{trainer.num_resident} resident, {rate:,.0f} tokens/s", refresh=False)
+                bar.update(0)
+        return [trainer.result(job_id) for job_id in ids]
+
+    def plan(self, lora: LoraConfig, sequence_tokens: int, memory_bytes: int | None = None, **options: Any) -> Plan:
+        """What fits and how long a step should take; see `plan.make_plan`. memory_bytes None: this device's."""
+        cpu = self.model.device.type == "cpu"
+        memory = memory_bytes or total_memory(self.model.device)
+        return make_plan(self.config, lora, memory, sequence_tokens, dtype=self.model.dtype, cpu=cpu, **options)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model, its config and its tokenizer files so that Transformers and this engine load them.
+
+        directory must be new or empty (InputError); it appears complete or not at all.
+        """
+        save_model(self.model, _path(directory), self.directory)
+
+    def _plan_budget(self) -> int:
+        return CPU_TOKEN_BUDGET if self.model.device.type == "cpu" else TOKEN_BUDGET
+
+    def _batches(
+        self, sequences: list[list[int]], adapters: Sequence[Adapter | None] | Adapter | None
+    ) -> Iterator[tuple[list[int], PackedBatch, LoraBatch | None]]:
+        """(numbers of sequences, those packed, their adapters), as many at a time as fit TOKEN_BUDGET, at least one.
+
+        Sequences of one adapter lie together.
+        """
+        if adapters is None or isinstance(adapters, Adapter):
+            adapters = [adapters] * len(sequences)
+        if not isinstance(adapters, Sequence) or len(adapters) != len(sequences):
+            raise InputError(f"adapters: found {show(adapters)}; accepted: one Adapter or None for each sequence")
+        for i, adapter in enumerate(adapters):
+            if not isinstance(adapter, Adapter | None):
+                raise InputError(f"adapters[{i}]: found {show(adapter)}; accepted: an Adapter or None")
+            if adapter is not None:
+                adapter.check_model(self.config, f"adapters[{i}]")
+        order = sorted(range(len(sequences)), key=lambda i: getattr(adapters[i], "uid", 0))
+        for chunk in chunks([len(sequences[i]) for i in order], TOKEN_BUDGET):
+            members = [order[k] for k in chunk]
+            batch = PackedBatch.pack([sequences[i] for i in members], self.model.device)
+            segments = [list(group) for _, group in groupby(members, key=lambda i: adapters[i])]
+            tokens = [sum(len(sequences[i]) for i in segment) for segment in segments]
+            yield members, batch, LoraBatch.make([adapters[segment[0]] for segment in segments], tokens)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated now."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return total_memory(device) // 2  # no such file on this system
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _path(path: str | Path) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise InputError(f"path: found {show(path)}; accepted: a str or a Path") from None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        made = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        made = None
+    if made is None or made.type not in ("cpu", "cuda"):
+        raise InputError(f"device: found {show(device)}; accepted: 'auto', 'cpu', 'cuda', 'cuda:0', ...")
+    if made.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not 0 <= (made.index or 0) < count:  # torch takes an index modulo 256, so it may be negative
+            raise InputError(f"device: found {show(device)}; accepted: 'auto', 'cpu' (CUDA devices here: {count})")
+        made = torch.device("cuda", torch.cuda.current_device() if made.index is None else made.index)
+    return made
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if dtype == "auto":
+        return None
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype in DTYPES.values():
+        return dtype  # pyright: ignore[reportReturnType]
+    raise InputError(f"dtype: found {show(dtype)}; accepted: 'auto' or one of {sorted(DTYPES)}")

@@ -1,0 +1,69 @@
+"""Reading JSON that people wrote, and directories that appear complete or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from seal_engine.types import InputError
+
+
+def show(value: Any) -> str:
+    """A value for an error message, cut short, with its type."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of more than 4300 digits
+        text = "too large to print"
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def read_text(file: Path) -> str | None:
+    """The file's text, or None where there is no such file. InputError if it cannot be read or is not UTF-8."""
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}; accepted: a file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: found bytes that are not UTF-8 ({error.reason}); accepted: UTF-8 text") from None
+
+
+def read_json(file: Path, required: bool = True) -> dict[str, Any]:
+    """The JSON object in a file. InputError if it holds anything else, or is missing; {} if that is allowed."""
+    text = read_text(file)
+    if text is None:
+        if required:
+            raise InputError(f"{file}: missing")
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON: {error}; accepted: a JSON object") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: found {show(value)}; accepted: a JSON object")
+    return value
+
+
+@contextmanager
+def complete_directory(directory: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `directory` if the block succeeds and vanishes if it fails."""
+    try:
+        directory = Path(os.path.realpath(directory))  # a link to an empty directory is one
+        if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
+            raise FileExistsError("exists")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial.", dir=directory.parent))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{directory}: {error}; accepted: a new or empty directory") from None
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

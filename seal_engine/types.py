@@ -1,0 +1,114 @@
+"""The types that cross layers, and the one legend of shape letters.
+
+T   tokens in a packed stream (all sequences laid end to end, no padding)
+S   sequences in it
+D   hidden size                 F   intermediate size of the MLP
+H   query heads                 K   key/value heads (H is a multiple of K)
+E   head dimension              V   vocabulary
+L   layers, or a sequence's length where no layer is in sight
+R   rank rows of an adapter on one group of projections
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """A user's mistake: the message names the file or field, what was found and what is accepted."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """S sequences as one stream of T tokens: sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1]."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: Tensor  # [S + 1] int32
+    lengths: tuple[int, ...]  # S lengths, on the host
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest sequence; 0 if there is none."""
+        return max(self.lengths, default=0)
+
+    @staticmethod
+    def pack(sequences: Sequence[Sequence[int]], device: torch.device) -> "PackedBatch":
+        """Lay sequences of token ids end to end on `device`. Empty sequences are allowed."""
+        lengths = tuple(len(s) for s in sequences)
+        flat = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
+        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, dtype=torch.int32, out=bounds[1:])
+        starts = torch.repeat_interleave(bounds[:-1].long(), torch.tensor(lengths, dtype=torch.int64))
+        positions = torch.arange(len(flat)) - starts
+        return PackedBatch(flat.to(device), positions.to(device), bounds.to(device), lengths)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter's shape (arXiv 2106.09685), with PEFT's names and defaults."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0  # probability that an element of the input to A is dropped, in training
+    # Names of projections ("q_proj", "mlp.down_proj", "layers.0.self_attn.q_proj": ends of module names), "all-linear",
+    # or a string that is a regular expression for whole module names, as in PEFT.
+    target_modules: tuple[str, ...] | list[str] | str = ("q_proj", "v_proj")
+    use_rslora: bool = False  # scale alpha / sqrt(r) (arXiv 2312.03732), not alpha / r
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # module name or pattern: its own r
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """InputError naming the first field that is out of range."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            require(isinstance(value, Mapping), f"lora.{name}", value, "an object of module names and numbers")
+        for name, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            require(is_integer(rank) and rank >= 1, f"lora.{name}", rank, "an integer >= 1")
+        alphas = [
+            ("lora_alpha", self.lora_alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]
+        for name, alpha in alphas:
+            require(is_number(alpha), f"lora.{name}", alpha, "a finite number")
+        dropout = self.lora_dropout
+        require(is_number(dropout) and 0 <= dropout < 1, "lora.lora_dropout", dropout, "0 <= lora_dropout < 1")
+        targets = self.target_modules
+        plain = isinstance(targets, str) or (
+            isinstance(targets, list | tuple) and all(isinstance(t, str) for t in targets)
+        )
+        require(plain and len(targets) > 0, "lora.target_modules", targets, "names of projections")
+
+
+def chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Numbers of sequences in order, as many at a time as fit the budget, at least one."""
+    chunk: list[int] = []
+    tokens = 0
+    for i, length in enumerate(lengths):
+        if chunk and tokens + length > token_budget:
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(i)
+        tokens += length
+    if chunk:
+        yield chunk
+
+
+def is_integer(value: Any) -> bool:
+    """True for an int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require(condition: bool, name: str, found: Any, accepted: str) -> None:
+    """InputError naming the field, what was found and what is accepted, unless condition holds."""
+    if not condition:
+        raise InputError(f"{name}: found {found!r:.100}; accepted: {accepted}")

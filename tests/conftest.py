@@ -1,0 +1,32 @@
+"""Imports triton before the kernels do, so that the compile gates find compilable kernels in this process."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton"):
+    import triton  # noqa: F401
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """name -> directory of that model, made once.
+
+    Its logits are mild. Sharper ones make float32 itself differ from float64 by 1e-5 after one AdamW step, which
+    moves a parameter by the whole learning rate even where its gradient is rounding noise.
+    """
+    import oracle  # imports Transformers, which kernel tests do not need
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = oracle.save(oracle.make_model(name, initializer_range=0.06), tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
