@@ -25,7 +25,7 @@ from seal_engine.config import ModelConfig
 from seal_engine.files import complete_directory, read_json
 from seal_engine.types import InputError, LoraConfig, require
 from seal_kernels.dispatch import use_triton
-from seal_kernels.lora import LoraGroup, device_tables
+from seal_kernels.lora_tables import NO_VIEWS, AdapterViews, LoraGroup, adapter_views, device_tables
 
 # Projections in the order of their outputs in the model's fused matrices.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -162,6 +162,8 @@ class Adapter:
         self.grads: Tensor | None = None  # like params, while trained
         self.moments: tuple[Tensor, Tensor] | None = None  # exp_avg, exp_avg_sq
         self.steps = 0  # optimizer steps taken with these moments
+        self._state: Tensor | None = None  # [3, layout.size]: what gradients and moments are rows of
+        self._views: tuple[Tensor | None, dict[tuple[int, int], AdapterViews]] | None = None
 
     @staticmethod
     def create(model: ModelConfig, config: LoraConfig, device: torch.device, seed: int = 0) -> "Adapter":
@@ -208,17 +210,31 @@ class Adapter:
         for (name, a, b), scale in zip(self.projections(), scales, strict=True):
             yield name, a, b, scale
 
-    def start_training(self) -> None:
-        """Make gradients (zero) and moments (zero), unless they are there."""
-        if self.grads is None:
-            self.grads = torch.zeros_like(self.params)
-        if self.moments is None:
-            self.moments = torch.zeros_like(self.params), torch.zeros_like(self.params)
-            self.steps = 0
+    def views(self, train: bool) -> dict[tuple[int, int], AdapterViews]:
+        """(layer, group) -> views into the parameters and, to train, the gradients; made once for either."""
+        grads = self.grads if train else None
+        if self._views is None or self._views[0] is not grads:
+            sizes, layout = projection_sizes(self.model_config), self.layout
+            at = np.argwhere(layout.ranks.any(2)).tolist()
+            made = {
+                (i, g): adapter_views(self.params, grads, layout.offsets[i, g], layout.ranks[i, g], *sizes[g])
+                for i, g in at
+            }
+            self._views = grads, made
+        return self._views[1]
 
-    def stop_training(self) -> None:
-        """Give back the memory of gradients and moments."""
-        self.grads, self.moments = None, None
+    def start_training(self, state: Tensor | None = None) -> None:
+        """Make gradients (zero) and moments (zero), unless they are there; in `state`, if given, of stop_training."""
+        if self.grads is None:
+            state = torch.zeros(3, self.layout.size, device=self.params.device) if state is None else state.zero_()
+            self.grads, *moments = state
+            self.moments, self._state, self.steps = (moments[0], moments[1]), state, 0
+
+    def stop_training(self) -> Tensor | None:
+        """Let go of gradients and moments; returns their memory, [3, layout.size], if there was any."""
+        state, self._state = self._state, None
+        self.grads, self.moments, self._views = None, None, None
+        return state
 
     def save(self, directory: str | Path) -> None:
         """Write PEFT's adapter_config.json and adapter_model.safetensors, float32, to a new or empty directory."""
@@ -377,7 +393,10 @@ class LoraBatch:
                 dropout=dropout,
                 seeds=None if seeds is None else seeds[layer, group, :, :M],
             )
-        if use_triton(named[0].params):
+        if not use_triton(named[0].params):
+            views = [{} if adapter is None else adapter.views(train) for adapter in adapters]
+            groups = {key: replace(g, views=[own.get(key, NO_VIEWS) for own in views]) for key, g in groups.items()}
+        else:
             tables = device_tables(list(groups.values()), [sizes[group][0] for _, group in groups], device)
             groups = {key: replace(g, tables=t) for (key, g), t in zip(groups.items(), tables, strict=True)}
         return LoraBatch(groups, torch.zeros(1, device=device, requires_grad=train))

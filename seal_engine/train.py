@@ -318,6 +318,7 @@ class Trainer:
         self._waiting: list[tuple[int, TrainJob]] = []
         self._resident: list[_Run] = []
         self._results: dict[int, TrainResult] = {}
+        self._spare: list[Tensor] = []  # gradients and moments of jobs that have left, all of one size
         self._unread: list[tuple[list[_Run], list[_Run], Tensor, Tensor | None]] = []
         self._submitted = 0
 
@@ -364,18 +365,20 @@ class Trainer:
             self._fail(run, "cancelled")
 
     def step(self) -> None:
-        """One pass: the next piece of as many resident jobs as fit the budget, and the optimizer steps now due."""
+        """One pass: the next piece of as many jobs as fit the budget, and the optimizer steps now due.
+
+        Jobs that are resident go first; waiting ones are let in only where a pass has room for them, as state that
+        this pass does not touch takes memory (and on a CPU cache) for nothing.
+        """
         self._read()
-        self._admit()
         chosen, tokens = [], 0
-        for run in self._resident:
-            if run.next is None:
-                continue
-            size = sum(len(run.ids[i]) for i in run.next.members)
+        for run in self._candidates():
+            size = sum(len(run.ids[i]) for i in run.next.members) if run.next is not None else 0
             if chosen and tokens + size > self.token_budget:
                 break
-            chosen.append(run)
-            tokens += size
+            if size:
+                chosen.append(run)
+                tokens += size
         if not chosen:
             return
         self._pass(chosen)
@@ -384,6 +387,12 @@ class Trainer:
         self._resident = [r for r in self._resident if id(r) not in done] + chosen  # those that waited go first
         if self.model.device.type == "cpu" or not any(run.next for run in self._resident):
             self._read()
+
+    def _candidates(self) -> Iterator[_Run]:
+        """Resident jobs, then waiting ones, each let in when it is asked for."""
+        yield from list(self._resident)
+        while (run := self._admit()) is not None:
+            yield run
 
     def _pass(self, chosen: list[_Run]) -> None:
         works, weights = [], []
@@ -433,16 +442,22 @@ class Trainer:
                         self._fail(run, str(error))
 
     def _finish(self, run: _Run) -> None:
-        run.adapter.stop_training()
-        self._resident.remove(run)
+        self._leave(run)
         self._results[run.job_id] = TrainResult(run.adapter, run.losses, len(run.losses))
 
-    def _fail(self, run: _Run, error: str) -> None:
+    def _leave(self, run: _Run) -> None:
+        """The job's gradients and moments become the next job's: fresh memory costs a CPU more than zeroing it does."""
         self._resident.remove(run)
+        state = run.adapter.stop_training()
+        if state is not None:
+            self._spare.append(state)
+
+    def _fail(self, run: _Run, error: str) -> None:
+        self._leave(run)
         self._results[run.job_id] = TrainResult(None, run.losses, len(run.losses), error)
 
-    def _admit(self) -> None:
-        """Let waiting jobs in, in order, as far as memory goes."""
+    def _admit(self) -> _Run | None:
+        """Let in the next waiting job that can be trained; None if there is none or no memory for it."""
         while self._waiting:
             job_id, job = self._waiting[0]
             try:
@@ -451,10 +466,11 @@ class Trainer:
                 self._waiting.pop(0)
                 self._results[job_id] = TrainResult(None, [], 0, str(error))
                 continue
-            if run is None:
-                return
-            self._waiting.pop(0)
-            self._resident.append(run)
+            if run is not None:
+                self._waiting.pop(0)
+                self._resident.append(run)
+            return run
+        return None
 
     def _make_run(self, job_id: int, job: TrainJob) -> _Run | None:
         """The job, resident; None if its state does not fit now. Raises InputError for a job that cannot be trained."""
@@ -475,7 +491,9 @@ class Trainer:
             adapter = job.init_from.copy()
         else:
             adapter = Adapter.create(self.model.config, job.lora, self.model.device, job.seed or 0)
-        adapter.start_training()
+        if self._spare and self._spare[-1].shape[1] != adapter.layout.size:
+            self._spare.clear()  # of another size: given back, so that memory stays within its bound
+        adapter.start_training(self._spare.pop() if self._spare else None)
         run = _Run(job_id, job, sequences, adapter, self.token_budget)
         if job.checkpoint_dir is not None:
             load_checkpoint(run)

@@ -9,9 +9,6 @@ from compare import DEVICE, DTYPES, relative_error
 from gates import GATE_DTYPES, SM, compiles, gate
 from seal_kernels.dispatch import INTERPRET
 from seal_kernels.lora import (
-    LoraGroup,
-    device_tables,
-    keep_mask,
     launch_config,
     lora_expand_kernel,
     lora_linear,
@@ -19,6 +16,7 @@ from seal_kernels.lora import (
     lora_outer_kernel,
     lora_shrink_kernel,
 )
+from seal_kernels.lora_tables import LoraGroup, device_tables, keep_mask
 
 ON_CPU_PATH = not INTERPRET and DEVICE.type == "cpu"
 WORKING_DTYPES = [torch.float32] if ON_CPU_PATH else DTYPES  # activations are float32 on the CPU path

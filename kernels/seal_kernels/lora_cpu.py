@@ -1,0 +1,85 @@
+"""lora.py on the CPU: a loop over segments around the vendor's matrix product, written for few and cheap steps.
+
+At the sizes of a miniature model the products take microseconds, so what surrounds them counts: views of adapters are
+made once (AdapterViews), those of a segment's tokens by one split a tensor. A segment's products have the shapes that
+it has alone, so its bits do not depend on its company.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from seal_kernels.lora_tables import AdapterViews, LoraGroup, adapter_views, keep_mask
+
+
+def _views(group: LoraGroup, inputs: int) -> list[AdapterViews]:
+    if group.views is not None:
+        return list(group.views)
+    widths = [last - first for first, last in group.columns]
+    each = zip(group.params, group.grads, group.offsets, group.ranks, strict=True)
+    return [adapter_views(*one, inputs, widths) for one in each]
+
+
+def _split(x: Tensor, group: LoraGroup) -> tuple[list[int], tuple[Tensor, ...]]:
+    """Numbers of the segments that have tokens and an adapter on this group, and every segment's rows of x."""
+    lengths = [end - start for start, end in pairwise(group.bounds)]
+    adapted = group.ranks.any(1).tolist()
+    return [s for s, length in enumerate(lengths) if length and adapted[s]], x.split(lengths)
+
+
+def _columns(y: Tensor, group: LoraGroup) -> list[tuple[Tensor, ...]]:
+    """Every segment's rows of y, for each projection's columns."""
+    return [_split(y[:, first:last], group)[1] for first, last in group.columns]
+
+
+def _masks(group: LoraGroup, s: int, views: AdapterViews, rows: int) -> list[Tensor] | None:
+    """Dropout's mask [rows, I] of each adapted projection; None where nothing is dropped."""
+    if group.dropout is None or group.seeds is None or not group.dropout[s] > 0:
+        return None
+    return [keep_mask(group.seeds[s, m], group.dropout[s], rows, views.a.shape[1]) for m in views.projections]
+
+
+def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup) -> list[Tensor]:
+    """Adds every segment's update to y [T, O]; returns the h [n, R] of the segments that have one."""
+    segments, xs = _split(x, group)
+    outs, views, scales, hidden = _columns(y, group), _views(group, x.shape[1]), group.scales.tolist(), []
+    for s in segments:
+        view = views[s]
+        masks = _masks(group, s, view, len(xs[s]))
+        if masks is None:
+            h = xs[s] @ view.a.T  # one pass over x for all projections
+        else:
+            h = torch.cat([(xs[s] * k) @ a.T for k, a in zip(masks, view.a.split(view.ranks), strict=True)], 1)
+        for m, h_m, b in zip(view.projections, h.split(view.ranks, 1), view.b, strict=True):
+            outs[m][s].addmm_(h_m, b, alpha=scales[s][m])
+        hidden.append(h)
+    return hidden
+
+
+def lora_backward_cpu(x: Tensor, dy: Tensor, dx: Tensor | None, hidden: list[Tensor], group: LoraGroup) -> None:
+    """Adds every segment's part to dx, and its gradients of A and B to the adapters' own."""
+    segments, xs = _split(x, group)
+    gs, views, scales = _columns(dy, group), _views(group, x.shape[1]), group.scales.tolist()
+    dxs = None if dx is None else _split(dx, group)[1]
+    for s, h in zip(segments, hidden, strict=True):
+        view, given = views[s], xs[s]
+        dh = torch.empty_like(h)
+        h_parts, dh_parts = h.split(view.ranks, 1), dh.split(view.ranks, 1)
+        for m, h_m, dh_m, b, db in zip(view.projections, h_parts, dh_parts, view.b, view.db, strict=True):
+            g, scale = gs[m][s], scales[s][m]
+            dh_m.addmm_(g, b.T, beta=0, alpha=scale)
+            if db is not None:
+                db.addmm_(h_m.T, g, alpha=scale)
+        masks = _masks(group, s, view, len(given))
+        if masks is None:
+            if view.da is not None:
+                view.da.addmm_(dh.T, given)
+            if dxs is not None:
+                dxs[s].addmm_(dh, view.a)
+            continue
+        for i, (mask, dh_m, a) in enumerate(zip(masks, dh_parts, view.a.split(view.ranks), strict=True)):
+            if view.da is not None:
+                view.da.split(view.ranks)[i].addmm_(dh_m.T, given * mask)
+            if dxs is not None:
+                dxs[s].addcmul_(dh_m @ a, mask)
