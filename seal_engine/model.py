@@ -200,7 +200,8 @@ class Model:
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, c.rms_norm_eps), rms_norm(k, layer.k_norm, c.rms_norm_eps)
         q, k = rotary(q, k, *rotation)
-        out = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, window=layer.window)  # [T, H, E]
+        alone = self.row_tile is not None
+        out = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, window=layer.window, row_independent=alone)
         return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, 1)
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:

@@ -16,18 +16,15 @@ and dv, once for dq). Bytes, b per element: 2 b T (H + K) E forward when a seque
 """
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from seal_kernels.attention_cpu import Sequences, attention_backward_cpu, attention_forward_cpu
 from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
 
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
-# Queries a chunk on the CPU with a window. Below 512, the keys of one block of the flash kernel there: a query whose
-# first block of keys lay wholly before its window would have no maximum to start from.
-CPU_CHUNK = 256
 
 
 def attention_ref(
@@ -338,81 +335,6 @@ def launch_config(E: int, dtype: torch.dtype, which: str, capability: tuple[int,
     return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_E": block, "num_warps": warps, "num_stages": stages}
 
 
-def _sequences(cu_seqlens: Tensor, T: int, max_seqlen: int) -> list[tuple[int, int]]:
-    """(first token, end) of every sequence that is not empty. Reads cu_seqlens: for tensors on the CPU."""
-    bounds = cu_seqlens.tolist()
-    sequences = list(pairwise(bounds))
-    if bounds[0] != 0 or bounds[-1] != T or any(end < start for start, end in sequences):
-        raise ValueError(f"attention: cu_seqlens must rise from 0 to {T}, not {bounds}")
-    if any(end - start > max_seqlen for start, end in sequences):
-        raise ValueError(f"attention: max_seqlen is {max_seqlen}, the longest sequence is longer")
-    return [(start, end) for start, end in sequences if end > start]
-
-
-def _chunks(sequences: list[tuple[int, int]], window: int | None) -> Iterator[tuple[slice, slice, bool]]:
-    """(queries, keys, windowed): a sequence whole, or the queries of a chunk with the keys that they can see."""
-    for start, end in sequences:
-        if window is None or window >= end - start:
-            yield slice(start, end), slice(start, end), False
-        else:
-            for i in range(start, end, CPU_CHUNK):
-                stop = min(i + CPU_CHUNK, end)
-                yield slice(i, stop), slice(max(start, i - window + 1), stop), True
-
-
-def _window_mask(queries: slice, keys: slice, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where the query sees the key, -inf elsewhere: [queries, keys]."""
-    distance = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(keys.start, keys.stop)[None, :]
-    hidden = (distance < 0) | (distance >= window)
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-
-
-def _grouped(x: Tensor, K: int, G: int, dtype: torch.dtype) -> Tensor:
-    """x [N, K G, E] or [N, K, E] as [G, K, N, E], the heads of a group as a batch: keys are expanded, not copied."""
-    return x.to(dtype).unflatten(1, (K, -1)).permute(2, 1, 0, 3).expand(G, -1, -1, -1)
-
-
-def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, sequences: list[tuple[int, int]], scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """(out, lse [H, T]). 16-bit tensors are widened a chunk at a time: backward is faster so, and exact."""
-    (T, H, _), K = q.shape, k.shape[1]
-    G, wide = H // K, torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(H, T, dtype=wide)
-    for queries, keys, windowed in _chunks(sequences, window):
-        o, part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _grouped(q[queries], K, G, wide), _grouped(k[keys], K, G, wide), _grouped(v[keys], K, G, wide),
-            0.0, not windowed, scale=scale,
-            attn_mask=_window_mask(queries, keys, window, wide) if windowed and window else None,
-        )  # fmt: skip
-        out[queries].unflatten(1, (K, G)).copy_(o.permute(2, 1, 0, 3))
-        lse[:, queries].unflatten(0, (K, G)).copy_(part.transpose(0, 1))
-    return out, lse
-
-
-def _backward_cpu(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    sequences: list[tuple[int, int]], scale: float, window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv). The heads of a group, and chunks that share keys, are summed in lse's dtype."""
-    H, K = q.shape[1], k.shape[1]
-    G, wide = H // K, lse.dtype
-    dq = torch.empty(q.shape, dtype=q.dtype)
-    dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(k.shape, dtype=wide)
-    for queries, keys, windowed in _chunks(sequences, window):
-        dq_part, dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _grouped(dout[queries], K, G, wide),
-            _grouped(q[queries], K, G, wide), _grouped(k[keys], K, G, wide), _grouped(v[keys], K, G, wide),
-            _grouped(out[queries], K, G, wide), lse[:, queries].unflatten(0, (K, G)).transpose(0, 1),
-            0.0, not windowed, scale=scale,
-            attn_mask=_window_mask(queries, keys, window, wide) if windowed and window else None,
-        )  # fmt: skip
-        dq[queries].unflatten(1, (K, G)).copy_(dq_part.permute(2, 1, 0, 3))
-        dk[keys] += dk_part.sum(0).transpose(0, 1)
-        dv[keys] += dv_part.sum(0).transpose(0, 1)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
 def _capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; a stand-in where there is none (the interpreter)."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
@@ -463,16 +385,17 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
-    ) -> Tensor:
+        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
+        row_independent: bool,
+    ) -> Tensor:  # fmt: skip
         ctx.max_seqlen, ctx.scale, ctx.window = max_seqlen, scale, window
         if use_triton(q, k, v, cu_seqlens):
             if q.dtype == torch.float64:
                 raise ValueError("attention: float64 is for the CPU")
             out, lse = _forward_triton(q, k, v, cu_seqlens, max_seqlen, scale, window)
         else:
-            ctx.sequences = _sequences(cu_seqlens, q.shape[0], max_seqlen)
-            out, lse = _forward_cpu(q, k, v, ctx.sequences, scale, window)
+            ctx.sequences = Sequences.read(cu_seqlens, q.shape[0], max_seqlen, window, row_independent)
+            out, lse = attention_forward_cpu(q, k, v, ctx.sequences, scale, window)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         return out
 
@@ -483,8 +406,8 @@ class Attention(torch.autograd.Function):
             dout, sizes = dout.contiguous(), (ctx.max_seqlen, ctx.scale, ctx.window)
             grads = _backward_triton(dout, q, k, v, out, lse, cu_seqlens, *sizes)
         else:
-            grads = _backward_cpu(dout, q, k, v, out, lse, ctx.sequences, ctx.scale, ctx.window)
-        return *grads, None, None, None, None
+            grads = attention_backward_cpu(dout, q, k, v, out, lse, ctx.sequences, ctx.scale, ctx.window)
+        return *grads, None, None, None, None, None
 
 
 def _check(
@@ -516,15 +439,17 @@ def attention(
     max_seqlen: int,
     scale: float | None = None,
     window: int | None = None,
+    row_independent: bool = False,
 ) -> Tensor:
     """Causal attention within each packed sequence: [T, H, E], contiguous. Differentiable in q, k and v.
 
     q: [T, H, E]; k, v: [T, K, E], H a multiple of K, E at most 256; the last dimension contiguous, the other strides
     free. cu_seqlens: int32 [S + 1] on the same device, rising from 0 to T. max_seqlen: at least the longest sequence.
     scale: above 0, E ** -0.5 unless given. window: a query sees itself and the window - 1 tokens before it, or all.
+    row_independent: a sequence's bits do not depend on the others, for a slower path on the CPU; Triton's never do.
     Raises ValueError on shapes, dtypes and devices that do not match. What cu_seqlens holds is checked on the CPU
     only: the host does not read it from a GPU.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, scale, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window)  # pyright: ignore
+    return Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window, row_independent)  # pyright: ignore

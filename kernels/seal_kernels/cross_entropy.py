@@ -17,14 +17,13 @@ library. Bytes a token between them, b per element: 4 V written by the product, 
 products are compute bound on a GPU if the chunk is long enough, the rest is memory bound.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import block_size, tl, triton, use_triton
-from seal_kernels.linear import widened_slices
+from seal_kernels.linear import multiply, multiply_backward
 
 IGNORE = -1  # a target that is no target; any negative number is (-100 too)
 CHUNK_BYTES = 224 * 2**20  # of logits and what is made of them: 256 tokens of 152000 words in 16 bits
@@ -129,16 +128,12 @@ def _forward_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor |
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     chunk = min(T, chunk_tokens(V, 4))
 
-    def slices() -> Iterable[tuple[slice, Tensor]]:
-        return [(slice(None), weight)] if weight.dtype == dtype else widened_slices(weight, dtype)
-
     logprobs = torch.empty(T, dtype=dtype)
     buffer = torch.empty(chunk, V, dtype=dtype)
     for first in range(0, T, max(1, chunk)):
         rows = slice(first, min(first + chunk, T))
         h, target, z = hidden[rows].to(dtype), targets[rows, None], buffer[: rows.stop - first]
-        for words, wide in slices():
-            torch.mm(h, wide.T, out=z[:, words])
+        multiply(h, weight, z)
         peak = z.amax(1, keepdim=True)
         z_target = z.gather(1, target).sub_(peak)
         # The target's term is added apart: 1 - softmax would lose the digits of the gradient where softmax is near 1.
@@ -147,10 +142,7 @@ def _forward_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor |
         logprobs[rows] = (z_target - total.log()).squeeze(1)
         if unit is not None:
             z.scatter_(1, target, -others)
-            u = unit[rows].zero_()
-            for words, wide in slices():
-                torch.addmm(u, z[:, words], wide, out=u)
-            u.div_(-total)
+            multiply_backward(z, weight, unit[rows]).div_(-total)
     return logprobs
 
 
@@ -185,7 +177,7 @@ class TokenLogprobs(torch.autograd.Function):
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """logprobs[t] = log softmax(weight @ hidden[t])[targets[t]], float32. Differentiable in hidden; weight is frozen.
 
-    hidden: [T, D]. weight: [V, D], of hidden's dtype; on the CPU of any, a narrower one is widened slice by slice.
+    hidden: [T, D]. weight: [V, D], of hidden's dtype; on the CPU it may be narrower (see linear.py).
     targets: [T] int64; where negative the logprob and its gradient are 0. The CPU skips those rows; on CUDA they cost
     what others do, as knowing their number would wait for the device: leave them out before. Raises ValueError on
     other shapes and dtypes, and on the CPU on targets >= V. On CUDA such a row's logprob and gradient are NaN.

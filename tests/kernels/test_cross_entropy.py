@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import seal_kernels
-from compare import DEVICE, DTYPES, check, relative_error
+from compare import DEVICE, DTYPES, check, relative_error, run
 from gates import GATE_DTYPES, SM, compiles, gate
 from seal_kernels import cross_entropy as module
 from seal_kernels import linear
@@ -48,6 +48,12 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 32 * 61 * 8)
     monkeypatch.setattr(linear, "SLICE_ELEMENTS", 7 * 24)
     assert chunk_tokens(61, 4) == 32
+
+
+@pytest.fixture(autouse=True)
+def widened(monkeypatch):
+    """As on a CPU without matrix instructions for bfloat16."""
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,6 +215,19 @@ def test_a_narrow_weight_is_widened_by_slices(weight_dtype, small_chunks):
         [hidden],
         [randn(70)],
     )
+
+
+@on_cpu_path
+def test_native_bfloat16(small_chunks, monkeypatch):
+    """Logits and their gradient are rounded to bfloat16, 2^-9 of them at most each: logprobs and gradients to 2^-7."""
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: True)
+    torch.manual_seed(8)
+    hidden, weight, targets = problem(70, 24, 61, ignored=True)
+    weight, grad = weight.bfloat16(), randn(70)
+    outs = run(lambda h: token_logprobs(h, weight, targets), [hidden], [grad])
+    truths = run(lambda h: token_logprobs_ref(h, weight, targets), [hidden.double()], [grad.double()])
+    for out, truth in zip(outs, truths, strict=True):
+        assert 1e-4 < relative_error(out, truth) < 2**-7, "a smaller error: it was not multiplied natively"
 
 
 @on_cpu_path

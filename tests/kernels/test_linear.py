@@ -1,32 +1,50 @@
 import pytest
 import torch
 
-from compare import DEVICE, check
+from compare import DEVICE, check, relative_error, run
+from seal_kernels import linear
 from seal_kernels.linear import frozen_linear, frozen_linear_ref
+
+
+@pytest.fixture(params=[False, True], ids=["widened", "native"])
+def native(request, monkeypatch):
+    """Both ways to multiply by bfloat16 on a CPU, whichever this one would take."""
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("row_tile", [None, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("T", "I", "O"), [(1, 3, 5), (65, 280, 1009), (20, 896, 2400)])
-def test_frozen_linear_equals_reference(T, I, O, dtype, row_tile):
-    """float32 activations over parameters of any dtype; the last size spans several widened slices."""
+def test_frozen_linear_equals_reference(T, I, O, dtype, row_tile, native):
+    """float32 activations over parameters of any dtype; the last size spans several widened slices.
+
+    Where bfloat16 is multiplied natively, x and y are rounded to it, once each: 2^-9 of them at most, so 2^-8.
+    """
     torch.manual_seed(0)
     x, dy = torch.randn(T, I, device=DEVICE), torch.randn(T, O, device=DEVICE)
     weight, bias = torch.randn(O, I, device=DEVICE).to(dtype), torch.randn(O, device=DEVICE).to(dtype)
-    check(
-        lambda x: frozen_linear(x, weight, bias, row_tile),
-        lambda x: frozen_linear_ref(x, weight, bias),
-        [x],
-        [dy],
-    )
+
+    def ours(x):
+        return frozen_linear(x, weight, bias, row_tile)
+
+    def reference(x):
+        return frozen_linear_ref(x, weight, bias)
+
+    if native and dtype == torch.bfloat16:
+        for out, truth in zip(run(ours, [x], [dy]), run(reference, [x.double()], [dy.double()]), strict=True):
+            assert relative_error(out, truth) < 2**-8
+    else:
+        check(ours, reference, [x], [dy])
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="row tiles are for the CPU's products")
 @pytest.mark.parametrize(("I", "O"), [(48, 1009), (896, 1152), (4864, 896)])
-def test_in_tiles_a_rows_bits_depend_on_the_row_alone(I, O):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_tiles_a_rows_bits_depend_on_the_row_alone(I, O, dtype, native):
     """Sizes at which, without tiles, they change with the number of rows (seen with torch 2.13 on an AVX-512 CPU)."""
     torch.manual_seed(1)
-    x, weight, dy = torch.randn(300, I), torch.randn(O, I), torch.randn(300, O)
+    x, weight, dy = torch.randn(300, I), torch.randn(O, I).to(dtype), torch.randn(300, O)
 
     def both(rows):
         leaf = x[rows].clone().requires_grad_()
