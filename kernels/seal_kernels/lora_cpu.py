@@ -25,7 +25,7 @@ def _split(x: Tensor, group: LoraGroup) -> tuple[list[int], tuple[Tensor, ...]]:
     """Numbers of the segments that have tokens and an adapter on this group, and every segment's rows of x."""
     lengths = [end - start for start, end in pairwise(group.bounds)]
     adapted = group.ranks.any(1).tolist()
-    return [s for s, length in enumerate(lengths) if length and adapted[s]], x.split(lengths)
+    return [s for s, length in enumerate(lengths) if length and adapted[s]], x.split_with_sizes(lengths)
 
 
 def _columns(y: Tensor, group: LoraGroup) -> list[tuple[Tensor, ...]]:
@@ -50,8 +50,8 @@ def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup) -> list[Tensor]:
         if masks is None:
             h = xs[s] @ view.a.T  # one pass over x for all projections
         else:
-            h = torch.cat([(xs[s] * k) @ a.T for k, a in zip(masks, view.a.split(view.ranks), strict=True)], 1)
-        for m, h_m, b in zip(view.projections, h.split(view.ranks, 1), view.b, strict=True):
+            h = torch.cat([(xs[s] * k) @ a.T for k, a in zip(masks, view.a.split_with_sizes(view.ranks), strict=True)], 1)
+        for m, h_m, b in zip(view.projections, h.split_with_sizes(view.ranks, 1), view.b, strict=True):
             outs[m][s].addmm_(h_m, b, alpha=scales[s][m])
         hidden.append(h)
     return hidden
@@ -65,7 +65,7 @@ def lora_backward_cpu(x: Tensor, dy: Tensor, dx: Tensor | None, hidden: list[Ten
     for s, h in zip(segments, hidden, strict=True):
         view, given = views[s], xs[s]
         dh = torch.empty_like(h)
-        h_parts, dh_parts = h.split(view.ranks, 1), dh.split(view.ranks, 1)
+        h_parts, dh_parts = h.split_with_sizes(view.ranks, 1), dh.split_with_sizes(view.ranks, 1)
         for m, h_m, dh_m, b, db in zip(view.projections, h_parts, dh_parts, view.b, view.db, strict=True):
             g, scale = gs[m][s], scales[s][m]
             dh_m.addmm_(g, b.T, beta=0, alpha=scale)
@@ -78,8 +78,8 @@ def lora_backward_cpu(x: Tensor, dy: Tensor, dx: Tensor | None, hidden: list[Ten
             if dxs is not None:
                 dxs[s].addmm_(dh, view.a)
             continue
-        for i, (mask, dh_m, a) in enumerate(zip(masks, dh_parts, view.a.split(view.ranks), strict=True)):
+        for i, (mask, dh_m, a) in enumerate(zip(masks, dh_parts, view.a.split_with_sizes(view.ranks), strict=True)):
             if view.da is not None:
-                view.da.split(view.ranks)[i].addmm_(dh_m.T, given * mask)
+                view.da.split_with_sizes(view.ranks)[i].addmm_(dh_m.T, given * mask)
             if dxs is not None:
                 dxs[s].addcmul_(dh_m @ a, mask)
