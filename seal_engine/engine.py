@@ -5,8 +5,8 @@ Sequences go through the model packed end to end, up to a token budget at a time
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from itertools import groupby
+from functools import cached_property, partial
+from itertools import count, groupby
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,15 +21,19 @@ from seal_engine.config import DTYPES, ModelConfig
 from seal_engine.files import show
 from seal_engine.inputs import Inputs
 from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult
+from seal_engine.kv_cache import KVCache
 from seal_engine.model import Model
 from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
-from seal_engine.tokenizer import Tokenizer
+from seal_engine.requests import Delta, RequestOutput, SamplingParams
+from seal_engine.sample import Sampler
+from seal_engine.tokenizer import Tokenizer, read_stop_token_ids
 from seal_engine.train import Trainer, forward_backward, optim_step
 from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_integer, require
 
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
 ROW_TILE = 128  # rows a matrix product in deterministic mode: large enough to be fast
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
+MAX_ROWS = 256  # completions sampled at once
 
 
 class Engine:
@@ -48,6 +52,7 @@ class Engine:
         if deterministic:
             model.row_tile = ROW_TILE
         self.inputs = Inputs(model.config, lambda: self.tokenizer)
+        self._seeds = count(2**63)  # of requests without one: beyond those that a request may have
         if tokenizer is not None:
             self.tokenizer = tokenizer
 
@@ -137,6 +142,7 @@ class Engine:
         for name, a, b, scale in adapter.projections_with_scales():
             weight = views[f"{name}.weight"]
             weight.copy_(weight.float().addmm_(b.T, a, alpha=scale))
+        self.model.version += 1
 
     def forward_backward(self, data: Sequence[Datum]) -> list[DatumResult]:
         """Add each datum's gradient to its adapter's; see `train.forward_backward`."""
@@ -206,6 +212,109 @@ class Engine:
                 bar.update(0)
         return [trainer.result(job_id) for job_id in ids]
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text works: token ids always do."""
+        given = "tokenizer" in self.__dict__
+        return given or (self.directory is not None and (self.directory / "tokenizer.json").exists())
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion: the tokenizer's or, without one, those that the checkpoint's configs name."""
+        if self.has_tokenizer:
+            return self.tokenizer.stop_token_ids
+        return () if self.directory is None else tuple(read_stop_token_ids(self.directory))
+
+    def sampler(self, num_blocks: int | None = None, stream: bool = False, max_rows: int = MAX_ROWS) -> Sampler:
+        """A Sampler over this engine's model with a K/V cache of its own: add requests, step, poll.
+
+        num_blocks: of 16 tokens; None: as many as half of the free memory holds. stream: deltas carry text. max_rows:
+        completions that are worked on at once.
+        """
+        require(is_integer(max_rows) and max_rows >= 1, "max_rows", max_rows, "an integer >= 1")
+        model, dtype = self.model, self.model.compute_dtype
+        if num_blocks is None:
+            num_blocks = max(1, free_memory(model.device) // 2 // KVCache.block_bytes(self.config, dtype))
+        return Sampler(
+            model,
+            KVCache(self.config, num_blocks, dtype, model.device),
+            partial(self.tokenizer.decode, skip_special_tokens=True, skip_unknown=True) if self.has_tokenizer else None,
+            self.stop_token_ids,
+            self._plan_budget(),
+            self._seeds,
+            max_rows,
+            stream,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: Sequence[Adapter | None] | Adapter | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Continue all prompts, texts or token ids, at once; outputs in their order.
+
+        params and adapters: one for each prompt, or one for all. A prompt that cannot be run fails alone: its output
+        has an error. progress: a bar over prompts and tokens, if it takes over a second. options: as of `sampler`.
+        """
+        sampler, ids = self._submit(prompts, params, adapters, options)
+        with tqdm(total=len(ids), unit="prompt", desc="Sampling", delay=1.0, disable=not progress) as bar:
+            start = perf_counter()
+            while sampler.busy:
+                sampler.step()
+                bar.n = sampler.num_done
+                rate = sampler.tokens_sampled / (perf_counter() - start)
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                bar.update(0)
+        return [sampler.output(request_id) for request_id in ids]
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: Sequence[Adapter | None] | Adapter | None = None,
+        **options: Any,
+    ) -> Iterator[Delta]:
+        """`generate`, token by token: what each step adds to which prompt's (request_id) which completion (index).
+
+        Raises InputError, before anything is sampled, for the first prompt that cannot be run.
+        """
+        sampler, ids = self._submit(prompts, params, adapters, {**options, "stream": True})
+        for request_id in ids:
+            error = sampler.output(request_id).error
+            if error is not None:
+                raise InputError(f"prompts[{request_id}]: {error}")
+        return (delta for _ in iter(lambda: sampler.busy, False) for delta in sampler.step())
+
+    def _submit(self, prompts: Any, params: Any, adapters: Any, options: dict[str, Any]) -> tuple[Sampler, list[int]]:
+        """A sampler with a request for each prompt, its cache as large as they need and memory allows."""
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise InputError(f"prompts: found {show(prompts)}; accepted: a list of texts or token id lists")
+        wanted = _for_each(SamplingParams() if params is None else params, len(prompts), SamplingParams, "params")
+        adapters = _for_each(adapters, len(prompts), Adapter | None, "adapters")
+        token_ids: list[list[int] | InputError] = []
+        for i, prompt in enumerate(prompts):
+            try:
+                token_ids.append(self.inputs.token_ids(prompt, f"prompts[{i}]"))
+            except InputError as error:
+                token_ids.append(error)
+        if options.get("num_blocks") is None:
+            longest, max_rows = self.config.max_position_embeddings, options.get("max_rows", MAX_ROWS)
+            needs = [0]
+            for ids, own in zip(token_ids, wanted, strict=True):
+                tokens = min(longest, len(ids) + (own.max_tokens or longest)) if isinstance(ids, list) else 0
+                needs += [-(-tokens // 16)] * min(own.n, max_rows)
+            room = free_memory(self.model.device) // 2 // KVCache.block_bytes(self.config, self.model.compute_dtype)
+            options = {**options, "num_blocks": max(1, min(sum(sorted(needs)[-max_rows:]), room))}
+        sampler = self.sampler(**options)
+        submitted = []
+        for prompt, ids, own, adapter in zip(prompts, token_ids, wanted, adapters, strict=True):
+            text = prompt if isinstance(prompt, str) else None
+            submitted.append(sampler.add_request(text, ids, own, adapter))
+        return sampler, submitted
+
     def plan(self, lora: LoraConfig, sequence_tokens: int, memory_bytes: int | None = None, **options: Any) -> Plan:
         """What fits and how long a step should take; see `plan.make_plan`. memory_bytes None: this device's."""
         cpu = self.model.device.type == "cpu"
@@ -229,13 +338,8 @@ class Engine:
 
         Sequences of one adapter lie together.
         """
-        if adapters is None or isinstance(adapters, Adapter):
-            adapters = [adapters] * len(sequences)
-        if not isinstance(adapters, Sequence) or len(adapters) != len(sequences):
-            raise InputError(f"adapters: found {show(adapters)}; accepted: one Adapter or None for each sequence")
+        adapters = _for_each(adapters, len(sequences), Adapter | None, "adapters")
         for i, adapter in enumerate(adapters):
-            if not isinstance(adapter, Adapter | None):
-                raise InputError(f"adapters[{i}]: found {show(adapter)}; accepted: an Adapter or None")
             if adapter is not None:
                 adapter.check_model(self.config, f"adapters[{i}]")
         order = sorted(range(len(sequences)), key=lambda i: getattr(adapters[i], "uid", 0))
@@ -245,6 +349,18 @@ class Engine:
             segments = [list(group) for _, group in groupby(members, key=lambda i: adapters[i])]
             tokens = [sum(len(sequences[i]) for i in segment) for segment in segments]
             yield members, batch, LoraBatch.make([adapters[segment[0]] for segment in segments], tokens)
+
+
+def _for_each(given: Any, count: int, kind: Any, name: str) -> Sequence[Any]:
+    """One for each of `count`: a list of that many, or one for all."""
+    if isinstance(given, kind):
+        return [given] * count
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
+        raise InputError(f"{name}: found {show(given)}; accepted: one for all, or a list of {count}, one for each")
+    for i, one in enumerate(given):
+        if not isinstance(one, kind):
+            raise InputError(f"{name}[{i}]: found {show(one)}; accepted: {getattr(kind, '__name__', kind)}")
+    return given
 
 
 def free_memory(device: torch.device) -> int:

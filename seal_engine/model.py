@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from seal_engine.adapters import LoraBatch
 from seal_engine.config import ModelConfig
-from seal_engine.types import PackedBatch
+from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
 from seal_kernels.cross_entropy import token_logprobs
 from seal_kernels.linear import frozen_linear
 from seal_kernels.lora import lora_linear
+from seal_kernels.paged_attention import paged_attention, write_kv
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
 from seal_kernels.rotary import rotary
 from seal_kernels.swiglu import swiglu
@@ -52,6 +53,7 @@ class Model:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
         """Allocates uninitialised parameters; `named_tensors` gives the views to fill."""
+        self.version = 0  # rises with every change of the parameters
         self.row_tile: int | None = None  # see seal_kernels.linear: set for results that do not depend on company
 
         def empty(*shape: int) -> Tensor:
@@ -126,7 +128,7 @@ class Model:
 
     def hidden_states(
         self,
-        batch: PackedBatch,
+        batch: PackedBatch | PagedBatch,
         lora: LoraBatch | None = None,
         embeddings: Tensor | None = None,
         recompute: str = "none",
@@ -152,7 +154,7 @@ class Model:
     def _layer(
         self,
         i: int,
-        batch: PackedBatch,
+        batch: PackedBatch | PagedBatch,
         rotation: tuple[Tensor, Tensor],
         lora: LoraBatch | None,
         recompute: str,
@@ -191,7 +193,12 @@ class Model:
         return angles.cos() * scale, angles.sin() * scale
 
     def _attention(
-        self, i: int, x: Tensor, batch: PackedBatch, rotation: tuple[Tensor, Tensor], lora: LoraBatch | None
+        self,
+        i: int,
+        x: Tensor,
+        batch: PackedBatch | PagedBatch,
+        rotation: tuple[Tensor, Tensor],
+        lora: LoraBatch | None,
     ) -> Tensor:
         c, layer, T, E = self.config, self.layers[i], len(x), self.config.head_dim
         qkv = self._project(x, layer.qkv, layer.qkv_bias, lora, i, 0)  # [T, (H + 2 K) E]
@@ -200,8 +207,15 @@ class Model:
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, c.rms_norm_eps), rms_norm(k, layer.k_norm, c.rms_norm_eps)
         q, k = rotary(q, k, *rotation)
-        alone = self.row_tile is not None
-        out = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, window=layer.window, row_independent=alone)
+        window, alone = layer.window, self.row_tile is not None
+        if isinstance(batch, PackedBatch):
+            lengths = batch.cu_seqlens, batch.max_seqlen
+            out = attention(q, k, v, *lengths, window=window, row_independent=alone)  # [T, H, E]
+        else:
+            keys, values = batch.keys[i], batch.values[i]
+            write_kv(k, v, keys, values, batch.slots)
+            places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
+            out = paged_attention(q, keys, values, *places, window=window, row_independent=alone)
         return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, 1)
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:

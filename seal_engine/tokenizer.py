@@ -86,7 +86,7 @@ class Tokenizer:
         return cls(
             backend,
             _register_special_tokens(backend, directory, config),
-            _read_stop_token_ids(directory),
+            read_stop_token_ids(directory),
             read_chat_templates(directory, config),
             # With a BPE vocabulary, a space before punctuation is the text's own: Transformers leaves it there too.
             clean_up_spaces=bool(clean_up) and not isinstance(backend.model, tokenizers.models.BPE),
@@ -104,16 +104,19 @@ class Tokenizer:
         """
         return self._encode(text, add_special_tokens).ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, skip_unknown: bool = False) -> str:
         """The text of a list, tuple, one-dimensional tensor or array of token ids.
 
-        Raises InputError for ids that are not whole numbers or not in the vocabulary.
+        skip_unknown: leave out ids that are not in the vocabulary: models may have more rows than there are tokens.
+        Raises InputError for ids that are not whole numbers or, otherwise, not in the vocabulary.
         """
         tolist = getattr(ids, "tolist", None)  # tensors and arrays are slow to walk one element at a time
         try:
             token_ids = [operator.index(i) for i in (tolist() if tolist else ids)]
         except TypeError:
             raise InputError(f"ids: found {show(ids)}; accepted: a flat list of whole numbers") from None
+        if skip_unknown:
+            token_ids = [i for i in token_ids if self._backend.id_to_token(i) is not None]
         for position, token_id in enumerate(token_ids):
             if not 0 <= token_id < 2**32 or self._backend.id_to_token(token_id) is None:
                 accepted = f"an id of the vocabulary, which has {self.vocab_size} tokens"
@@ -265,7 +268,7 @@ def _register_special_tokens(backend: tokenizers.Tokenizer, directory: Path, con
     return names
 
 
-def _read_stop_token_ids(directory: Path) -> list[int]:
+def read_stop_token_ids(directory: Path) -> list[int]:
     """eos_token_id of generation_config.json, else of config.json, else empty."""
     for name in ("generation_config.json", "config.json"):
         found = read_json(directory / name, required=False).get("eos_token_id")

@@ -49,6 +49,25 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
+class PagedBatch:
+    """New tokens of S sequences as one stream, K/V of all their tokens being in blocks of a paged cache.
+
+    A sequence's new tokens are its last ones. Their K/V are written to the cache on the way.
+    """
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, in their sequences
+    cu_seqlens: Tensor  # [S + 1] int32: sequence s has the new tokens cu_seqlens[s] .. cu_seqlens[s + 1]
+    context_lens: Tensor  # [S] int32: its tokens, new ones included
+    block_tables: Tensor  # [S, M] int32: its blocks, from its first token on
+    slots: Tensor  # [T] int64: block * block size + place in it, where a new token's K/V go
+    max_query: int  # most new tokens of a sequence
+    max_context: int  # most tokens
+    keys: Tensor  # [L, blocks, block size, K, E]
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """A LoRA adapter's shape (arXiv 2106.09685), with PEFT's names and defaults."""
 
