@@ -25,7 +25,7 @@ from seal_engine.config import ModelConfig
 from seal_engine.files import complete_directory, read_json
 from seal_engine.types import InputError, LoraConfig, require
 from seal_kernels.dispatch import use_triton
-from seal_kernels.lora_tables import NO_VIEWS, AdapterViews, LoraGroup, adapter_views, device_tables
+from seal_kernels.lora_tables import NO_VIEWS, AdapterViews, BatchTables, LoraGroup, adapter_views, device_tables
 
 # Projections in the order of their outputs in the model's fused matrices.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -344,6 +344,7 @@ class LoraBatch:
 
     groups: dict[tuple[int, int], LoraGroup]  # (layer, group of projections): left out where nothing is adapted
     anchor: Tensor
+    tables: BatchTables | None = None  # of all groups, in their order; on a GPU
 
     @staticmethod
     def make(
@@ -393,13 +394,14 @@ class LoraBatch:
                 dropout=dropout,
                 seeds=None if seeds is None else seeds[layer, group, :, :M],
             )
+        tables = None
         if not use_triton(named[0].params):
             views = [{} if adapter is None else adapter.views(train) for adapter in adapters]
             groups = {key: replace(g, views=[own.get(key, NO_VIEWS) for own in views]) for key, g in groups.items()}
         else:
             tables = device_tables(list(groups.values()), [sizes[group][0] for _, group in groups], device)
-            groups = {key: replace(g, tables=t) for (key, g), t in zip(groups.items(), tables, strict=True)}
-        return LoraBatch(groups, torch.zeros(1, device=device, requires_grad=train))
+            groups = {key: replace(g, tables=t) for (key, g), t in zip(groups.items(), tables.groups, strict=True)}
+        return LoraBatch(groups, torch.zeros(1, device=device, requires_grad=train), tables)
 
 
 def _no_layout(like: AdapterLayout) -> AdapterLayout:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seal_engine.adapters import Adapter, LoraBatch
+from seal_engine.decode_graph import DecodeGraphs
 from seal_engine.inputs import check_token_ids
 from seal_engine.kv_cache import KVCache, OutOfBlocks
 from seal_engine.model import Model
@@ -133,6 +134,7 @@ class Sampler:
         self.tokens_sampled = 0
         self.tokens_computed = 0
         self.num_done = 0  # requests
+        self.graphs = DecodeGraphs(model) if model.device.type == "cuda" else None
         self._requests: list[_Request] = []
         self._waiting: deque[_Row] = deque()
         self._running: dict[_Row, None] = {}  # the oldest first
@@ -234,7 +236,9 @@ class Sampler:
             return []
         self.cache.copy(copies)
         chunks.sort(key=lambda chunk: 0 if chunk[0].request.adapter is None else chunk[0].request.adapter.uid)
-        hidden = self.model.hidden_states(self._batch(chunks), self._lora_batch(chunks))
+        decoding = self.graphs is not None and all(count == 1 for _, count in chunks)
+        forward = self.graphs.hidden_states if self.graphs and decoding else self.model.hidden_states
+        hidden = forward(self._batch(chunks), self._lora_batch(chunks))
         self.tokens_computed += len(hidden)
         drawing: list[tuple[int, _Row]] = []  # (row of `hidden`, whose next token it decides)
         end = 0

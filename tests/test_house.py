@@ -19,6 +19,7 @@ LAYERS = [
     {"kv_cache", "requests"},
     {"model", "jobs", "plan"},
     {"checkpoint", "inputs"},
+    {"decode_graph"},
     {"train", "sample"},
     {"engine"},
     {"__init__"},

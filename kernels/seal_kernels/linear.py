@@ -50,7 +50,7 @@ def widened_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
         yield slice(start, start + len(part)), scratch[: len(part)].copy_(part)
 
 
-def _in_tiles(product: Callable[[Tensor], Tensor], x: Tensor, row_tile: int | None) -> Tensor:
+def in_tiles(product: Callable[[Tensor], Tensor], x: Tensor, row_tile: int | None) -> Tensor:
     """product(x), or product of tiles of row_tile rows of x."""
     if row_tile is None:
         return product(x)
@@ -91,12 +91,12 @@ def frozen_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, row_ti
         y = multiply(x, weight, x.new_empty(len(x), len(weight)))
         return y if bias is None else y.add_(bias)
 
-    return _in_tiles(product, x, row_tile)
+    return in_tiles(product, x, row_tile)
 
 
 def frozen_linear_backward(dy: Tensor, weight: Tensor, row_tile: int | None) -> Tensor:
     """dx = dy W, outside autograd."""
-    return _in_tiles(lambda dy: multiply_backward(dy, weight, dy.new_empty(len(dy), weight.shape[1])), dy, row_tile)
+    return in_tiles(lambda dy: multiply_backward(dy, weight, dy.new_empty(len(dy), weight.shape[1])), dy, row_tile)
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -249,10 +249,10 @@ class LoraLinear(torch.autograd.Function):
         y = frozen_linear_forward(x, weight, bias, row_tile)
         if use_triton(x, weight, bias):
             x = x if x.stride(1) == 1 else x.contiguous()
-            ctx.tables = group.tables or device_tables([group], [x.shape[1]], x.device)[0]
+            ctx.tables = group.tables or device_tables([group], [x.shape[1]], x.device).groups[0]
             ctx.hidden = _forward_triton(x, y, ctx.tables)
         else:
-            ctx.hidden = lora_forward_cpu(x, y, group)
+            ctx.hidden = lora_forward_cpu(x, y, group, row_tile)
         ctx.group, ctx.row_tile = group, row_tile
         ctx.save_for_backward(x, weight)
         return y

@@ -10,7 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from seal_kernels.linear import in_tiles
 from seal_kernels.lora_tables import AdapterViews, LoraGroup, adapter_views, keep_mask
+
+TILE = 32  # rows of a product in deterministic mode
 
 
 def _views(group: LoraGroup, inputs: int) -> list[AdapterViews]:
@@ -24,7 +27,7 @@ def _views(group: LoraGroup, inputs: int) -> list[AdapterViews]:
 def _split(x: Tensor, group: LoraGroup) -> tuple[list[int], tuple[Tensor, ...]]:
     """Numbers of the segments that have tokens and an adapter on this group, and every segment's rows of x."""
     lengths = [end - start for start, end in pairwise(group.bounds)]
-    adapted = group.ranks.any(1).tolist()
+    adapted = group.ranks.sum(1).tolist()
     return [s for s, length in enumerate(lengths) if length and adapted[s]], x.split_with_sizes(lengths)
 
 
@@ -40,19 +43,32 @@ def _masks(group: LoraGroup, s: int, views: AdapterViews, rows: int) -> list[Ten
     return [keep_mask(group.seeds[s, m], group.dropout[s], rows, views.a.shape[1]) for m in views.projections]
 
 
-def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup) -> list[Tensor]:
-    """Adds every segment's update to y [T, O]; returns the h [n, R] of the segments that have one."""
+def _product(x: Tensor, factor: Tensor, tile: int | None) -> Tensor:
+    """x times factor, in tiles of so many rows."""
+    return in_tiles(lambda rows: rows @ factor, x, tile)
+
+
+def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup, row_tile: int | None) -> list[Tensor]:
+    """Adds every segment's update to y [T, O]; returns the h [n, R] of the segments that have one.
+
+    row_tile: a row's bits do not depend on how many rows its segment has, as when it is sampled token by token.
+    """
+    tile = None if row_tile is None else TILE
     segments, xs = _split(x, group)
     outs, views, scales, hidden = _columns(y, group), _views(group, x.shape[1]), group.scales.tolist(), []
     for s in segments:
         view = views[s]
         masks = _masks(group, s, view, len(xs[s]))
         if masks is None:
-            h = xs[s] @ view.a.T  # one pass over x for all projections
+            h = _product(xs[s], view.a.T, tile)  # one pass over x for all projections
         else:
-            h = torch.cat([(xs[s] * k) @ a.T for k, a in zip(masks, view.a.split_with_sizes(view.ranks), strict=True)], 1)
+            each = zip(masks, view.a.split_with_sizes(view.ranks), strict=True)
+            h = torch.cat([(xs[s] * mask) @ a.T for mask, a in each], 1)
         for m, h_m, b in zip(view.projections, h.split_with_sizes(view.ranks, 1), view.b, strict=True):
-            outs[m][s].addmm_(h_m, b, alpha=scales[s][m])
+            if tile is None:
+                outs[m][s].addmm_(h_m, b, alpha=scales[s][m])
+            else:
+                outs[m][s].add_(_product(h_m, b, tile), alpha=scales[s][m])
         hidden.append(h)
     return hidden
 

@@ -57,6 +57,14 @@ class LoraGroup:
     views: Sequence["AdapterViews"] | None = None  # for the CPU, which otherwise makes them in each pass
 
 
+class BatchTables(NamedTuple):
+    """The tables of all G groups of a batch, and the two tensors that they are views of."""
+
+    groups: list[LoraTables]
+    records: Tensor  # [G, S, units, 9]
+    blocks: Tensor  # [n, 4]
+
+
 class AdapterViews(NamedTuple):
     """Where an adapter's factors on one group lie in its flat tensors."""
 
@@ -123,7 +131,7 @@ def _blocks(bounds: Sequence[int]) -> np.ndarray:
     return np.stack([s, starts[s], starts[s] + BLOCK_T * within, ends[s]], axis=1).astype(np.int32)
 
 
-def device_tables(groups: Sequence[LoraGroup], inputs: Sequence[int], device: torch.device) -> list[LoraTables]:
+def device_tables(groups: Sequence[LoraGroup], inputs: Sequence[int], device: torch.device) -> BatchTables:
     """Tables of groups that share their segments, such as all of a batch's, for LoraGroup.tables.
 
     inputs: I of each group. The host's work is numpy over all groups at once; what it made is copied to the device
@@ -190,4 +198,4 @@ def device_tables(groups: Sequence[LoraGroup], inputs: Sequence[int], device: to
             a.append(Factors(1 + M, m, rank, inputs[i], True))
         b = Factors(1, m, rank, int(widths[i].max()), False)
         made.append(LoraTables(table[i], blocks[:n], blocks[n:], a, b, most[i], bool(aligned[i]), bool(aligned_h[i])))
-    return made
+    return BatchTables(made, table, blocks[:n])

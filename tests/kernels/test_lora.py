@@ -105,7 +105,7 @@ def test_aligned_adapters(dtype):
     """As the engine lays them out; a factor wider than a block, of columns that are no multiple of one."""
     columns = [(0, 144), (144, 160)]
     group = make_group([7, 70, 5], [[8, 16], [64, 64], [0, 8]], columns, inputs=80, aligned=True)
-    tables = device_tables([group], [80], DEVICE)[0]
+    tables = device_tables([group], [80], DEVICE).groups[0]
     assert tables.aligned
     assert tables.aligned_h
     compare(group, inputs=80, outputs=160, dtype=dtype)
@@ -233,7 +233,7 @@ def test_tables_made_for_a_whole_batch():
     lengths, anchor = [5, 70, 0, 3], torch.zeros(1, device=DEVICE, requires_grad=True)
     qkv = make_group(lengths, [[3, 2, 3], [8, 0, 8], [1, 1, 1], [0, 0, 0]], QKV, inputs=16)
     down = make_group(lengths, [[9], [2], [3], [8]], [(0, 16)], inputs=40, dropout=[0.0, 0.5, 0.1, 0.0])
-    tables = device_tables([qkv, down], [16, 40], DEVICE)
+    tables = device_tables([qkv, down], [16, 40], DEVICE).groups
     for group, table, inputs, outputs in ((qkv, tables[0], 16, 72), (down, tables[1], 40, 16)):
         x, weight = torch.randn(78, inputs).to(DEVICE), torch.randn(outputs, inputs).to(DEVICE)
         results = []
