@@ -1,0 +1,315 @@
+"""Drawing the next token of each row of logits: temperature, top-k, top-p, and a random stream a row.
+
+    w_v = floor(2^40 exp((x_v - max x) / temperature))      token = the first v with sum_{i <= v, i kept} w_i > r
+    logprob = x_token - log sum_v exp(x_v)                  r = floor(u sum_{i kept} w_i),   0 <= u < 1
+
+Kept are, in this order, the top_k largest logits, then of those the smallest set of the most probable ones whose
+weights sum to at least top_p of theirs (Holtzman et al., arXiv 1904.09751). Logits equal to the last one that is kept
+are kept too: both filters are one exact threshold on the logit. Temperature 0 takes the largest logit, the first of
+equals. The log-probability is that of the raw logits: temperature 1, no filter.
+
+Weights are integers: their sums do not depend on the order, so that a row's token does not depend on other rows or on
+how a backend cuts the vocabulary, and no rounding can draw a token that has no weight. A token 2^40 times less probable
+than the likeliest has none. u is 53 bits of a hash of the row's seed and counter (Steele et al., OOPSLA 2014).
+
+Shapes: logits [N, V]; temperature, top_p float32, top_k int32, seeds and counters int64 [N]; tokens int64, logprobs
+float32 [N]. On a GPU a row is one program: two passes over it, half a one more to draw, one more for a temperature that
+is not 1. A filter bisects the bits of its threshold, a pass a bit, until no more than one token lies between what is
+enough and what is not: at most 32, about 20 on ordinary logits. Bytes: b V a row, b an element, from memory for the
+first pass, from the cache for the others.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seal_kernels.dispatch import block_size, tl, triton, use_triton
+
+SCALE = float(1 << 40)  # the weight of a row's largest logit
+MAX_VOCABULARY = 1 << 22  # sums of weights stay below 2^63
+LIMIT = 2.0**100  # of temperatures, and of their inverses: a product with one is a number
+NONE = -1  # the token of a row that has no distribution
+
+
+def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
+    """[N] float64 in [0, 1): 53 bits of a hash of (seed, counter), the same on every backend. For CPU tensors."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+
+    def mixed(z: np.ndarray) -> np.ndarray:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        return z ^ (z >> np.uint64(31))
+
+    seed, counter = (x.numpy().view(np.uint64) for x in (seeds, counters))
+    z = mixed(mixed(seed + golden) + (counter + np.uint64(1)) * golden)
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _weights(probabilities: Tensor) -> Tensor:
+    """int64, of probabilities relative to the largest."""
+    return (probabilities * SCALE).long()
+
+
+def _inverse(temperature: Tensor) -> Tensor:
+    return temperature.clamp(1 / LIMIT, LIMIT).reciprocal()
+
+
+def sample_tokens_ref(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A row at a time, in Python's integers."""
+    tokens, logprobs = [], []
+    u = uniform(seeds.cpu(), counters.cpu()).tolist()
+    for n, row in enumerate(logits.float().cpu()):
+        x, peak = row.tolist(), row.max()
+        if row.isnan().any() or not peak.isfinite():
+            tokens.append(NONE)
+            logprobs.append(math.nan)
+            continue
+        token, t, k, p = x.index(max(x)), float(temperature[n]), int(top_k[n]), float(top_p[n])
+        if t > 0:
+            w = _weights(((row - peak) * _inverse(temperature[n].cpu())).exp()).tolist()
+            kept = sorted(range(len(x)), key=lambda v: -x[v])
+            if 0 < k < len(x):
+                kept = [v for v in kept if x[v] >= x[kept[k - 1]]]
+            if p < 1:
+                mass, target = 0, max(1, int(p * sum(w[v] for v in kept)))
+                for v in kept:
+                    mass += w[v]
+                    if mass >= target:
+                        break
+                kept = [i for i in kept if x[i] >= x[v]]
+            total = sum(w[v] for v in kept)
+            left = min(int(u[n] * total), total - 1)
+            for token in sorted(kept):
+                left -= w[token]
+                if left < 0:
+                    break
+        tokens.append(token)
+        logprobs.append(float(row.double().log_softmax(0)[token]))
+    return torch.tensor(tokens, device=logits.device), torch.tensor(logprobs, device=logits.device)
+
+
+@triton.jit
+def _mixed(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _uniform(seed, counter):
+    """As `uniform`."""
+    z = _mixed(seed.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15)
+    z = _mixed(z + (counter.to(tl.uint64, bitcast=True) + 1) * 0x9E3779B97F4A7C15)
+    return (z >> 11).to(tl.int64).to(tl.float64) * (1.0 / (1 << 53))
+
+
+@triton.jit
+def _ordered(bits):
+    """Bits of a float32 as an integer of the same order, and back."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _load(logits_ptr, start, V, BLOCK_V: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK_V)
+    return tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _at_least(
+    logits_ptr, order, peak, inverse, V,
+    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(how many logits are at least the one of this order, their weight if WEIGHTS)"""
+    bound = _ordered(order.to(tl.int32)).to(tl.float32, bitcast=True)
+    count = tl.zeros([BLOCK_V], dtype=tl.int32)
+    mass = tl.zeros([BLOCK_V], dtype=tl.int64)
+    for start in range(0, V, BLOCK_V):
+        x = _load(logits_ptr, start, V, BLOCK_V)
+        count += (x >= bound).to(tl.int32)
+        if WEIGHTS:
+            mass += tl.where(x >= bound, (tl.exp((x - peak) * inverse) * SCALE).to(tl.int64), 0)
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+
+
+@triton.jit
+def _threshold(
+    logits_ptr, low, inside, total, need, peak, inverse, V,
+    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(low, inside, total) for the highest low at which `need` logits (or such of that weight) are at least as high.
+
+    Bisection from a low at which there are enough. It ends when at most one logit lies between enough and too few.
+    """
+    high = _ordered(peak.to(tl.int32, bitcast=True)).to(tl.int64) + 1
+    outside = inside * 0
+    while (high - low > 1) & (inside - outside > 1):
+        middle = (low + high) >> 1
+        count, mass = _at_least(logits_ptr, middle, peak, inverse, V, WEIGHTS, SCALE, BLOCK_V)
+        if WEIGHTS:
+            enough = mass >= need
+        else:
+            enough = count >= need
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        inside, outside = tl.where(enough, count, inside), tl.where(enough, outside, count)
+        total = tl.where(enough, mass, total)
+    return low, inside, total
+
+
+@triton.jit
+def sample_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seeds_ptr, counters_ptr, tokens_ptr, logprobs_ptr,
+    V,
+    stride_n,
+    SCALE: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A row a program. Bounds of logits are held as ordered integers, in 64 bits, where they can be bisected."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_n
+    top = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)
+    index = tl.zeros([BLOCK_V], dtype=tl.int32)
+    wrong = tl.zeros([BLOCK_V], dtype=tl.int32)
+    for start in range(0, V, BLOCK_V):
+        x = _load(logits_ptr, start, V, BLOCK_V)
+        index = tl.where(x > top, start + tl.arange(0, BLOCK_V), index)
+        top = tl.where(x > top, x, top)
+        wrong |= ((x != x) | (x == float("inf"))).to(tl.int32)
+    peak = tl.max(top, axis=0)
+    token = tl.min(tl.where(top == peak, index, V), axis=0)
+    if (tl.max(wrong, axis=0) > 0) | (peak == float("-inf")):
+        tl.store(tokens_ptr + row, -1)
+        tl.store(logprobs_ptr + row, float("nan"))
+        return
+
+    low = tl.full((), -2139095040, tl.int64)  # the lowest finite float32, ordered: nothing else is ever drawn
+    inside, total = _at_least(logits_ptr, low, peak, 1.0, V, True, SCALE, BLOCK_V)
+    log_total = tl.log(total.to(tl.float32) / SCALE)
+    temperature = tl.load(temperature_ptr + row)
+    if temperature > 0.0:
+        temperature = tl.minimum(tl.maximum(temperature, 1.0 / LIMIT), LIMIT)
+        inverse = 1.0 / temperature
+        k, p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        filtered = (k > 0) & (k < inside)
+        if filtered:
+            low, inside, _ = _threshold(logits_ptr, low, inside, total, k, peak, inverse, V, False, SCALE, BLOCK_V)
+        if filtered | (temperature != 1.0):
+            total = _at_least(logits_ptr, low, peak, inverse, V, True, SCALE, BLOCK_V)[1]
+        if p < 1.0:
+            lightest = (peak - 30.0 * temperature).to(tl.int32, bitcast=True)  # what is lower has no weight
+            low = tl.maximum(low, _ordered(lightest).to(tl.int64))
+            need = tl.maximum((p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
+            low, _, total = _threshold(logits_ptr, low, inside, total, need, peak, inverse, V, True, SCALE, BLOCK_V)
+        u = _uniform(tl.load(seeds_ptr + row), tl.load(counters_ptr + row))
+        left = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
+        bound = _ordered(low.to(tl.int32)).to(tl.float32, bitcast=True)
+        start = token * 0
+        while start < V:
+            x = _load(logits_ptr, start, V, BLOCK_V)
+            weight = tl.where(x >= bound, (tl.exp((x - peak) * inverse) * SCALE).to(tl.int64), 0)
+            mass = tl.sum(weight, axis=0)
+            if mass > left:
+                cols = start + tl.arange(0, BLOCK_V)
+                token = tl.min(tl.where(tl.cumsum(weight, axis=0) > left, cols, V), axis=0)
+                start = V
+            else:
+                left -= mass
+                start += BLOCK_V
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logprobs_ptr + row, tl.load(logits_ptr + token).to(tl.float32) - peak - log_total)
+
+
+def launch_config(V: int) -> dict[str, int]:
+    """Block and warps for a row of V logits: 16 elements a thread, for enough loads in flight with few rows."""
+    block = min(8192, max(2048, block_size(V)))
+    return {"BLOCK_V": block, "num_warps": block // 512, "maxnreg": 128}
+
+
+def _sample_triton(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
+) -> tuple[Tensor, Tensor]:
+    N, V = logits.shape
+    tokens = torch.empty(N, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(N, dtype=torch.float32, device=logits.device)
+    if N:
+        sample_kernel[(N,)](
+            logits, temperature, top_k, top_p, seeds, counters, tokens, logprobs, V, logits.stride(0),
+            SCALE=SCALE, LIMIT=LIMIT, **launch_config(V),
+        )  # fmt: skip
+    return tokens, logprobs
+
+
+def _bounds(x: Tensor, peak: Tensor, inverse: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest logit that is kept [N, 1]. numpy sorts many times faster than torch does."""
+    V = x.shape[1]
+    order = torch.from_numpy(np.sort(x.numpy(), axis=1))  # rising
+    mass = _weights(((order - peak) * inverse).exp_()).cumsum(1)
+    k = torch.where((top_k > 0) & (top_k < V), top_k, V).long()
+    lowest = order.gather(1, V - k)
+    before = torch.searchsorted(order, lowest)  # logits that top-k leaves out
+    total = mass[:, -1:] - torch.where(before > 0, mass.gather(1, (before - 1).clamp_min(0)), 0)
+    need = (top_p.double() * total.double()).long().clamp_min(1)
+    nucleus = order.gather(1, torch.searchsorted(mass, mass[:, -1:] - need, right=True).clamp_max(V - 1))
+    return torch.where(top_p < 1, nucleus, lowest)
+
+
+def _sample_cpu(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, V = logits.detach().float(), logits.shape[1]
+    tokens = torch.from_numpy(x.numpy().argmax(1))[:, None]  # the first of equals, or the first NaN
+    peak = x.gather(1, tokens)
+    wrong = ~peak.isfinite()
+    if wrong.any():
+        x, peak = x.masked_fill(wrong, 0.0), peak.masked_fill(wrong, 0.0)
+    depth = x - peak
+    raw = _weights(depth.exp())
+    rows = (temperature > 0).nonzero().squeeze(1)
+    if len(rows):
+
+        def of_rows(tensor: Tensor) -> Tensor:
+            return tensor if len(rows) == len(x) else tensor[rows]
+
+        inverse, k, p = (of_rows(setting)[:, None] for setting in (_inverse(temperature), top_k, top_p))
+        filtered = ((k > 0) & (k < V) | (p < 1)).squeeze(1)
+        weights = of_rows(raw)
+        if filtered.any() or (inverse != 1).any():
+            relative = (of_rows(depth) * inverse).exp_()
+            if filtered.any():
+                bounds = torch.full_like(inverse, -math.inf)
+                bounds[filtered] = _bounds(*(part[filtered] for part in (of_rows(x), of_rows(peak), inverse, k, p)))
+                relative *= of_rows(x) >= bounds
+            weights = _weights(relative)
+        mass = weights.cumsum(1)
+        total = mass[:, -1:]
+        u = uniform(seeds, counters)[rows, None]
+        drawn = torch.minimum((u * total.double()).long(), total - 1)
+        tokens[rows] = torch.searchsorted(mass, drawn, right=True)
+    logprobs = (x.gather(1, tokens) - peak).double() - (raw.sum(1, keepdim=True).double() / SCALE).log()
+    return tokens.masked_fill_(wrong, NONE).squeeze(1), logprobs.float().masked_fill_(wrong, math.nan).squeeze(1)
+
+
+def sample_tokens(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(tokens int64 [N], logprobs float32 [N]) of the next token of each row, on logits' device. No gradient.
+
+    logits: [N, V], float32 or 16 bits, last dimension contiguous, V at most 2^22; -inf for a token that must not be
+    drawn. temperature: float32 [N], 0 for the largest logit, the first of equals. top_k: int32 [N], 0 for all. top_p:
+    float32 [N], 1 for all; at least one token is kept. seeds, counters: int64 [N], of any value: a row's token is a
+    function of its logits, its settings and these two alone. logprobs are under the raw logits.
+    A row that holds a NaN or inf, or nothing above -inf, has token -1 and logprob NaN. Raises ValueError on shapes and
+    dtypes that do not match; settings that make no sense are the caller's to refuse.
+    """
+    N, V = logits.shape if logits.dim() == 2 else (-1, 0)
+    if not 0 < V <= MAX_VOCABULARY or not logits.is_floating_point() or logits.stride(1) != 1:
+        raise ValueError(f"sample_tokens: logits must be [N, V] with contiguous rows, not {tuple(logits.shape)}")
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.int64, torch.int64)
+    args = (temperature, top_k, top_p, seeds, counters)
+    for name, x, dtype in zip(("temperature", "top_k", "top_p", "seeds", "counters"), args, dtypes, strict=True):
+        if x.shape != (N,) or x.dtype != dtype or (N > 1 and x.stride(0) != 1):
+            raise ValueError(f"sample_tokens: {name} must be {dtype} [{N}], not {x.dtype} {tuple(x.shape)}")
+    return (_sample_triton if use_triton(logits, *args) else _sample_cpu)(logits, *args)
