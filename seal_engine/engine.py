@@ -295,13 +295,15 @@ class Engine:
         wanted = _for_each(SamplingParams() if params is None else params, len(prompts), SamplingParams, "params")
         adapters = _for_each(adapters, len(prompts), Adapter | None, "adapters")
         token_ids: list[list[int] | InputError] = []
-        for i, prompt in enumerate(prompts):
+        max_rows = options.get("max_rows", MAX_ROWS)
+        require(is_integer(max_rows) and max_rows >= 1, "max_rows", max_rows, "an integer >= 1")
+        for prompt in prompts:
             try:
-                token_ids.append(self.inputs.token_ids(prompt, f"prompts[{i}]"))
+                token_ids.append(self.inputs.token_ids(prompt, "prompt"))
             except InputError as error:
                 token_ids.append(error)
         if options.get("num_blocks") is None:
-            longest, max_rows = self.config.max_position_embeddings, options.get("max_rows", MAX_ROWS)
+            longest = self.config.max_position_embeddings
             needs = [0]
             for ids, own in zip(token_ids, wanted, strict=True):
                 tokens = min(longest, len(ids) + (own.max_tokens or longest)) if isinstance(ids, list) else 0

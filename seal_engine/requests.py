@@ -89,3 +89,4 @@ class Delta:
     token_ids: list[int]
     text: str  # with `stream`: text that no later token changes or cuts off; "" otherwise
     finish_reason: str | None
+    error: str | None = None  # the request has just failed

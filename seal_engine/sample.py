@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seal_engine.adapters import Adapter, LoraBatch
 from seal_engine.decode_graph import DecodeGraphs
-from seal_engine.inputs import check_token_ids
+from seal_engine.inputs import check_token_ids, integers
 from seal_engine.kv_cache import KVCache, OutOfBlocks
 from seal_engine.model import Model
 from seal_engine.requests import Completion, Delta, RequestOutput, SamplingParams
@@ -44,12 +44,14 @@ class Detokenizer:
         """Take in a token; returns where a stop text begins, if there is one now."""
         self.ids.append(token)
         known, now = self.decode(self.ids[self.start : self.read]), self.decode(self.ids[self.start :])
-        if len(now) <= len(known) or now.endswith("\ufffd"):
-            return None  # part of a character
-        searched = len(self.text) - max(map(len, self.stops), default=0)
-        self.text += now[len(known) :]
-        self.start, self.read = self.read, len(self.ids)
-        found = [at for stop in self.stops if (at := self.text.find(stop, max(0, searched))) >= 0]
+        if len(now) <= len(known):
+            return None
+        searched = max(0, len(self.text) - max(map(len, self.stops), default=0))
+        text = self.text + now[len(known) :]
+        found = [at for stop in self.stops if (at := text.find(stop, searched)) >= 0]
+        if found or not now.endswith("\ufffd"):  # which may be part of a character
+            self.text = text
+            self.start, self.read = self.read, len(self.ids)
         return min(found, default=None)
 
     def safe(self) -> int:
@@ -74,6 +76,7 @@ class _Request:
         self.seed = 0
         self.rows: list[_Row] = []
         self.open = 0  # rows that are not done
+        self.forked = False
 
 
 class _Row:
@@ -92,7 +95,7 @@ class _Row:
         self.detokenizer = detokenizer
         self.done = False
         self.sent = 0  # characters of the text that have been handed out
-        generator = np.random.SeedSequence((request.seed, index))
+        generator = np.random.SeedSequence(request.seed, spawn_key=(index,))
         self.seed = int(generator.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     @property
@@ -135,7 +138,8 @@ class Sampler:
         self.tokens_computed = 0
         self.num_done = 0  # requests
         self.graphs = DecodeGraphs(model) if model.device.type == "cuda" else None
-        self._requests: list[_Request] = []
+        self._requests: dict[int, _Request] = {}
+        self._submitted = 0
         self._waiting: deque[_Row] = deque()
         self._running: dict[_Row, None] = {}  # the oldest first
         self._lora: tuple[Any, LoraBatch | None] = ((), None)  # of the last step: the next often has the same rows
@@ -151,18 +155,19 @@ class Sampler:
 
         prompt: the text that token_ids were made from, for the output alone. token_ids: or why there are none.
         """
-        ids = [] if isinstance(token_ids, InputError) else list(token_ids)
-        request = _Request(len(self._requests), RequestOutput(prompt, ids, []), params, adapter)
-        self._requests.append(request)
+        request = _Request(self._submitted, RequestOutput(prompt, [], []), params, adapter)
+        self._requests[request.request_id], self._submitted = request, self._submitted + 1
         try:
             if isinstance(token_ids, InputError):
                 raise token_ids
+            request.output.prompt_token_ids = integers(token_ids, "prompt")
             self._prepare(request)
         except InputError as error:
             request.output.error = str(error)
             self.num_done += 1
             return request.request_id
         request.open = params.n
+        request.output.prompt_logprobs = [] if params.prompt_logprobs else None
         for index in range(params.n):
             watched = self.decode is not None and (params.stops or self.stream)
             detokenizer = Detokenizer(self.decode, params.stops) if self.decode and watched else None
@@ -207,9 +212,15 @@ class Sampler:
         return self._request(request_id).output
 
     def _request(self, request_id: int) -> _Request:
-        if not is_integer(request_id) or not 0 <= request_id < len(self._requests):
+        if not is_integer(request_id) or request_id not in self._requests:
             raise InputError(f"request_id: found {request_id!r}; accepted: an id that add_request returned")
         return self._requests[request_id]
+
+    def forget(self, request_id: int) -> None:
+        """Cancel a request if it is not done, and drop its output: for samplers that live long."""
+        self.cancel(request_id)
+        self.num_done -= 1
+        del self._requests[request_id]
 
     def cancel(self, request_id: int) -> None:
         """Stop a request: its unfinished samples end with "cancelled". One that is done stays done."""
@@ -223,13 +234,15 @@ class Sampler:
 
     def check_integrity(self) -> None:
         """RuntimeError if the cache's blocks are not exactly those that rows hold."""
-        self.cache.pool.check_integrity([row.table for request in self._requests for row in request.rows])
+        self.cache.pool.check_integrity([row.table for request in self._requests.values() for row in request.rows])
 
     @torch.no_grad()
     def step(self) -> list[Delta]:
         """One pass of the model: the next tokens of as many rows as fit the budget. Returns what was drawn."""
-        for row in [row for row in self._running if row.root != self._root(row)]:
+        for row in [row for row in reversed(self._running) if row.root != self._root(row)]:
             self._preempt(row)  # its adapter or the base has been trained since: its K/V are of another model
+        for row in self._running:
+            row.computed -= not row.todo  # a step was interrupted before its token was drawn
         self._admit()
         chunks, copies = self._schedule()
         if not chunks:
@@ -264,13 +277,17 @@ class Sampler:
         while self._waiting and len(self._running) < self.max_rows and (budget > 0 or not self._running):
             row = self._waiting[0]
             # Rows grow: one that was let in with no room beside it would soon be preempted again.
-            needed = -(-len(row.tokens) // pool.block_size) + len(self._running) // 8
+            root, reading = self._root(row), row.request.params.prompt_logprobs and not row.new_tokens
+            reading = reading and row.completion.index == 0
+            table = [] if reading else pool.match(root, row.tokens)
+            needed = -(-len(row.tokens) // pool.block_size) - len(table) + len(self._running) // 8
             if needed > pool.num_available and self._running:
+                pool.free(table)
                 return
             self._waiting.popleft()
-            row.root = self._root(row)
-            if not row.request.params.prompt_logprobs or row.new_tokens or row.completion.index:
-                row.table = pool.match(row.root, row.tokens)
+            if reading and root != row.root:
+                row.request.output.prompt_logprobs = []  # what there is was of another model
+            row.root, row.table = root, table
             row.computed = len(row.table) * pool.block_size
             self._running[row] = None
             budget -= row.todo
@@ -324,8 +341,9 @@ class Sampler:
 
         Those beyond max_rows wait; they will find the prompt's full blocks by the index.
         """
-        if row.completion.index or row.new_tokens:
+        if row.completion.index or row.request.forked:
             return []
+        row.request.forked = True
         siblings = [sibling for sibling in row.request.rows[1:] if not sibling.done]
         room = max(0, self.max_rows - len(self._running))
         for sibling in siblings[:room]:
@@ -389,12 +407,13 @@ class Sampler:
         rows = [row for _, row in drawing]
         at = torch.tensor([i for i, _ in drawing], device=hidden.device)
         logits = self.model.logits(hidden.index_select(0, at))  # [N, V]
-        raw = logits
+        raw, changed = logits, []
         for i, row in enumerate(rows):
             params = row.request.params
             early = len(row.new_tokens) < params.min_tokens and row.request.stop_ids
-            if (early or params.logits_hook) and raw is logits:
-                logits = logits.clone()
+            if early or params.logits_hook:
+                logits = logits.clone() if raw is logits else logits
+                changed.append(i)
             if params.logits_hook:
                 try:
                     logits[i] = params.logits_hook(list(row.new_tokens), logits[i].clone())
@@ -411,13 +430,13 @@ class Sampler:
         tokens, logprobs = sample_tokens(
             logits,
             column([p.temperature for p in options], torch.float32),
-            column([p.top_k for p in options], torch.int32),
+            column([min(p.top_k, logits.shape[1]) for p in options], torch.int32),
             column([p.top_p for p in options], torch.float32),
             column([row.seed for row in rows], torch.int64),
             column([len(row.new_tokens) for row in rows], torch.int64),
         )
-        if raw is not logits:  # what is reported are the model's own
-            logprobs = raw.float().log_softmax(1).gather(1, tokens.clamp_min(0)[:, None]).squeeze(1)
+        if changed:  # what is reported are the model's own
+            logprobs[changed] = raw[changed].log_softmax(1).gather(1, tokens[changed, None].clamp_min(0)).squeeze(1)
         top = self._top_logprobs(raw, rows)
         deltas = []
         for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
@@ -427,13 +446,14 @@ class Sampler:
                 row.request.output.error = f"token {len(row.new_tokens)}: the logits are not finite"
             if row.request.output.error is not None:
                 self._end(row.request, None)
+                deltas += [Delta(row.request.request_id, row.completion.index, [], "", None, row.request.output.error)]
                 continue
             if row.completion.logprobs is not None:
                 row.completion.logprobs.append(logprob)
             if row.completion.top_logprobs is not None:
                 row.completion.top_logprobs.append(top[i])
             deltas.append(self._take(row, token))
-        self.tokens_sampled += len(deltas)
+        self.tokens_sampled += sum(len(delta.token_ids) for delta in deltas)
         return deltas
 
     def _top_logprobs(self, logits: Tensor, rows: list[_Row]) -> dict[int, dict[int, float]]:

@@ -9,7 +9,7 @@ L   layers, or a sequence's length where no layer is in sight
 R   rank rows of an adapter on one group of projections
 """
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +124,7 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """True for a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def require(condition: bool, name: str, found: Any, accepted: str) -> None:

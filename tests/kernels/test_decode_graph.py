@@ -1,4 +1,4 @@
-"""Decode steps through padded tensors that stay, against the model called directly: in the interpreter, and captured."""
+"""Decode steps through padded tensors that stay, against the model itself: in the interpreter, or captured."""
 
 import pytest
 import torch
