@@ -19,7 +19,7 @@ from shapes import SHAPES, random_model
 GPU = measure.DEVICE.type == "cuda"
 QV = ("q_proj", "v_proj")
 SEVEN = (*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-STEPS, PADDED = 3, 2048
+STEPS, PADDED = 10, 2048  # as published: 10 epochs
 # (shape, dtype, jobs, rank, targets)
 CASES = [
     ("97m", torch.float32, 32, 32, SEVEN),
@@ -87,7 +87,7 @@ def test_train(benchmark, record, tmp_path, shape, dtype, count, rank, targets):
         for ids, start in zip(sequences, starts, strict=True)
     ]
     baseline = OneAtATime(engine, lora, tmp_path / "checkpoint")
-    sample = slice(None, None, 4 if shape == "97m" else 8)
+    sample = slice(None, None, 8)
     timed = list(zip(starts[sample], sequences[sample], strict=True))
     bound = 1e-3 if dtype == torch.float32 else 3e-2
     for result, (start, ids) in zip(engine.train(jobs, progress=False)[sample], timed, strict=True):
@@ -104,7 +104,7 @@ def test_train(benchmark, record, tmp_path, shape, dtype, count, rank, targets):
         baseline.train(starts[0], sequences[0] + [0] * (PADDED - len(sequences[0])), 1)
 
     measure.matrix_rate(dtype)
-    times = measure.side_by_side(benchmark, [ours, theirs, padded], rounds=3)
+    times = measure.side_by_side(benchmark, [ours, theirs, padded], rounds=2)
     tokens = sum(map(len, sequences))
     done = (STEPS * tokens, STEPS * sum(len(ids) for _, ids in timed), tokens / count)  # real tokens in each
     flops, rate = 4 * engine.config.num_matrix_parameters, measure.matrix_rate(dtype)
@@ -137,12 +137,13 @@ def test_scaling(benchmark, record, shape, rank, targets):
     """Adapters 1, 2, 4 ... 512 at the same number of tokens a step: throughput against one adapter, and memory.
 
     Sequences are of at most 256 tokens, so that attention costs much the same whoever owns them. The counts take turns.
+    Memory: the most that a run adds, its results included.
     """
     engine = Engine(random_model(shape, torch.bfloat16 if GPU else torch.float32, measure.DEVICE))
     generator = torch.Generator().manual_seed(0)
     total, lora = TOKENS[shape], LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     state = 16 * engine.create_adapter(lora).layout.size  # float32: itself, its gradient, two moments
-    counts = [2**k for k in range(0, 10, 1 if (rank, targets) == (8, QV) else 3)]
+    counts = [2**k for k in range(0, 10, 1 if (shape, rank, targets) == SCALING[0] else 3)]
     counts = [count for count in counts if count * state < (60e9 if GPU else 6e9)]
 
     def step_of(count: int) -> Any:
@@ -159,9 +160,12 @@ def test_scaling(benchmark, record, shape, rank, targets):
 
         return step
 
-    times = measure.side_by_side(benchmark, [step_of(count) for count in counts], rounds=2)
-    for count, seconds in zip(counts, times, strict=True):
+    steps = [step_of(count) for count in counts]
+    times = measure.side_by_side(benchmark, steps, rounds=1)
+    peaks = [measure.peak_memory(step) for step in steps]
+    for count, seconds, peak in zip(counts, times, peaks, strict=True):
         record(
             shape=shape, rank=rank, projections=len(targets), adapters=count, tokens_a_step=total,
-            tokens_per_s=4 * total / seconds, of_one_adapter=times[0] / seconds, state_mib=count * state / 2**20,
+            tokens_per_s=4 * total / seconds, of_one_adapter=times[0] / seconds,
+            state_mib=count * state / 2**20, peak_mib=peak / 2**20,
         )  # fmt: skip
