@@ -292,8 +292,9 @@ class Engine:
         """A sampler with a request for each prompt, its cache as large as they need and memory allows."""
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError(f"prompts: found {show(prompts)}; accepted: a list of texts or token id lists")
-        wanted = _for_each(SamplingParams() if params is None else params, len(prompts), SamplingParams, "params")
-        adapters = _for_each(adapters, len(prompts), Adapter | None, "adapters")
+        params = SamplingParams() if params is None else params
+        wanted = _for_each(params, len(prompts), SamplingParams, "params", "a SamplingParams")
+        adapters = _for_each(adapters, len(prompts), Adapter | None, "adapters", "an Adapter or None")
         token_ids: list[list[int] | InputError] = []
         max_rows = options.get("max_rows", MAX_ROWS)
         require(is_integer(max_rows) and max_rows >= 1, "max_rows", max_rows, "an integer >= 1")
@@ -340,7 +341,7 @@ class Engine:
 
         Sequences of one adapter lie together.
         """
-        adapters = _for_each(adapters, len(sequences), Adapter | None, "adapters")
+        adapters = _for_each(adapters, len(sequences), Adapter | None, "adapters", "an Adapter or None")
         for i, adapter in enumerate(adapters):
             if adapter is not None:
                 adapter.check_model(self.config, f"adapters[{i}]")
@@ -353,15 +354,15 @@ class Engine:
             yield members, batch, LoraBatch.make([adapters[segment[0]] for segment in segments], tokens)
 
 
-def _for_each(given: Any, count: int, kind: Any, name: str) -> Sequence[Any]:
+def _for_each(given: Any, count: int, kind: Any, name: str, accepted: str) -> Sequence[Any]:
     """One for each of `count`: a list of that many, or one for all."""
     if isinstance(given, kind):
         return [given] * count
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
-        raise InputError(f"{name}: found {show(given)}; accepted: one for all, or a list of {count}, one for each")
+        raise InputError(f"{name}: found {show(given)}; accepted: {accepted}, or a list of {count} of them")
     for i, one in enumerate(given):
         if not isinstance(one, kind):
-            raise InputError(f"{name}[{i}]: found {show(one)}; accepted: {getattr(kind, '__name__', kind)}")
+            raise InputError(f"{name}[{i}]: found {show(one)}; accepted: {accepted}")
     return given
 
 

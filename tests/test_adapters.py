@@ -120,7 +120,7 @@ def test_any_mix_in_one_call_equals_each_alone(engine):
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ([None], r"adapters: found list .*; accepted: one Adapter or None for each sequence"),
+        ([None], r"adapters: found list .*; accepted: an Adapter or None, or a list of 2 of them"),
         (3, "adapters: found int 3"),
         ([None, "a"], r"adapters\[1\]: found str 'a'; accepted: an Adapter or None"),
     ],
