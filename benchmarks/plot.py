@@ -30,6 +30,8 @@ def scaling(directory: Path, device: str) -> None:
             what = "q, v" if row["projections"] == 2 else "all seven"
             key = f"{row['shape']}, rank {row['rank']}, {what}, {row['tokens_a_step']} tokens a step"
             lines[key].append((row["adapters"], row["of_one_adapter"], row["peak_mib"], row["state_mib"]))
+    if not lines:
+        return
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     for label, points in lines.items():
         adapters, speed, peak, _ = zip(*points, strict=True)
