@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+ROUNDED_ROWS = 512  # rows of x that are rounded to bfloat16 at a time
 SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: small enough to stay in the last-level cache until it is used
 
 
@@ -59,12 +60,19 @@ def in_tiles(product: Callable[[Tensor], Tensor], x: Tensor, row_tile: int | Non
     return torch.cat(tiles)[: len(x)]
 
 
+def _rounded_product(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """out = x times factor in factor's dtype, some rows at a time: what is converted stays in the cache."""
+    for rows, own in zip(out.split(ROUNDED_ROWS), x.split(ROUNDED_ROWS), strict=True):
+        rows.copy_(torch.mm(own.to(factor.dtype), factor))
+    return out
+
+
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out [T, O] = x W^T on the CPU, for x and out of one dtype and a weight of that or a narrower one."""
     if x.dtype == weight.dtype:
         return torch.mm(x, weight.T, out=out)
     if _native(x, weight):
-        return out.copy_(torch.mm(x.to(weight.dtype), weight.T))
+        return _rounded_product(x, weight.T, out)
     for rows, wide in widened_slices(weight, x.dtype):
         torch.mm(x, wide.T, out=out[:, rows])
     return out
@@ -75,7 +83,7 @@ def multiply_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if dy.dtype == weight.dtype:
         return torch.mm(dy, weight, out=out)
     if _native(dy, weight):
-        return out.copy_(torch.mm(dy.to(weight.dtype), weight))
+        return _rounded_product(dy, weight, out)
     out.zero_()
     for rows, wide in widened_slices(weight, dy.dtype):
         torch.addmm(out, dy[:, rows], wide, out=out)
