@@ -3,8 +3,8 @@
 Shapes: x [T, I], W [O, I], b [O]; y [T, O]. 2 T I O FLOPs each way, by the vendor's matrix product.
 
 On the CPU activations are float32 whatever the weights are. Where the CPU has matrix instructions for bfloat16 (AMX,
-AVX512-BF16), a product with bfloat16 weights rounds x to bfloat16 and y as well, sums being float32: five times faster
-than float32. Elsewhere 16-bit products are three times slower than float32 ones, so a 16-bit weight is widened, a slice
+AVX512-BF16), a product with bfloat16 weights rounds x and y to bfloat16, sums being float32: three to six times as fast
+as float32. Elsewhere 16-bit products are three times slower than float32 ones, so a 16-bit weight is widened, a slice
 of rows at a time into a scratch that stays in the cache: its memory stays 16-bit (benchmarks/bench_linear.py).
 
 The vendor's product gives a row other bits when the number of rows changes (it may split the sum over I differently).
