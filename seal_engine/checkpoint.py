@@ -115,6 +115,20 @@ def load_model(directory: str | Path, dtype: torch.dtype | None, device: torch.d
     if dtype is None:
         dtype = config.dtype or next(iter(stored.values())).dtype
     model = Model(config, dtype, device)
+    _fill(model, stored, directory)
+    return model
+
+
+def reload_model(model: Model, directory: Path) -> None:
+    """Fill the model with the checkpoint that it was loaded from, as if nothing had been merged since."""
+    stored = stored_tensors(directory)
+    _check(model.config, stored, directory)
+    _fill(model, stored, directory)
+    model.version += 1
+
+
+def _fill(model: Model, stored: dict[str, StoredTensor], directory: Path) -> None:
+    """Every parameter from its place in the files, in the order of the files."""
     total = sum(view.numel() * view.element_size() for _, view in model.named_tensors())
     places = sorted(
         ((stored[name], view) for name, view in model.named_tensors()), key=lambda p: (p[0].file, p[0].start)
@@ -134,7 +148,6 @@ def load_model(directory: str | Path, dtype: torch.dtype | None, device: torch.d
         finally:
             if mapped is not None:
                 mapped.close()
-    return model
 
 
 def _copy(mapped: mmap.mmap, source: StoredTensor, view: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seal_engine.adapters import Adapter, LoraBatch, adapter_layout
-from seal_engine.checkpoint import load_model, save_model
+from seal_engine.checkpoint import load_model, reload_model, save_model
 from seal_engine.config import DTYPES, ModelConfig
 from seal_engine.files import show
 from seal_engine.inputs import Inputs
@@ -143,6 +143,13 @@ class Engine:
             weight = views[f"{name}.weight"]
             weight.copy_(weight.float().addmm_(b.T, a, alpha=scale))
         self.model.version += 1
+
+    @torch.no_grad()
+    def reload(self) -> None:
+        """Read the checkpoint's weights again, undoing every merge. InputError for an engine without a directory."""
+        if self.directory is None:
+            raise InputError("this engine was built without a directory to read its weights from again")
+        reload_model(self.model, self.directory)
 
     def forward_backward(self, data: Sequence[Datum]) -> list[DatumResult]:
         """Add each datum's gradient to its adapter's; see `train.forward_backward`."""

@@ -102,6 +102,7 @@ class TrainResult:
     losses: list[float]  # one an optimizer step
     num_steps: int
     error: str | None = None
+    num_tokens: int = 0  # that it was trained on, all epochs together
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ class _Run:
         self.losses: list[float] = []
         self.step_loss = 0.0
         self.num_pieces = 0
+        self.num_tokens = 0
         self.pieces = self._pieces()
         self.next = next(self.pieces, None)
 
@@ -277,6 +278,8 @@ class _Run:
 
     def advance(self) -> None:
         """Move on to the next piece."""
+        if self.next is not None:
+            self.num_tokens += sum(len(self.ids[i]) for i in self.next.members)
         self.num_pieces += 1
         self.next = next(self.pieces, None)
 
@@ -443,7 +446,7 @@ class Trainer:
 
     def _finish(self, run: _Run) -> None:
         self._leave(run)
-        self._results[run.job_id] = TrainResult(run.adapter, run.losses, len(run.losses))
+        self._results[run.job_id] = TrainResult(run.adapter, run.losses, len(run.losses), num_tokens=run.num_tokens)
 
     def _leave(self, run: _Run) -> None:
         """The job's gradients and moments become the next job's: fresh memory costs a CPU more than zeroing it does."""
@@ -454,7 +457,7 @@ class Trainer:
 
     def _fail(self, run: _Run, error: str) -> None:
         self._leave(run)
-        self._results[run.job_id] = TrainResult(None, run.losses, len(run.losses), error)
+        self._results[run.job_id] = TrainResult(None, run.losses, len(run.losses), error, run.num_tokens)
 
     def _admit(self) -> _Run | None:
         """Let in the next waiting job that can be trained; None if there is none or no memory for it."""

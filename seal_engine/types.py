@@ -103,6 +103,11 @@ class LoraConfig:
         require(plain and len(targets) > 0, "lora.target_modules", targets, "names of projections")
 
 
+def setting(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a configuration: its default, and what the command line says of it."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
 def chunks(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
     """Numbers of sequences in order, as many at a time as fit the budget, at least one."""
     chunk: list[int] = []

@@ -12,9 +12,10 @@ import torch
 
 import oracle
 from seal_engine import LoraConfig
-from seal_engine.cli import main, memory
+from seal_engine.cli import main
 from seal_engine.config import ModelConfig
 from seal_engine.plan import make_plan
+from seal_engine.verbs_engine import memory
 
 ROOT = Path(__file__).parents[1]
 

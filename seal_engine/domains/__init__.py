@@ -1,0 +1,1 @@
+"""What a self-adapting model is trained and judged on."""

@@ -1,0 +1,283 @@
+"""The knowledge task: learn a passage so well that questions about it are answered without it.
+
+A self-edit is text about the passage, cut into training sequences (see self_edits). Prompts are templates: files in
+which {title}, {context} and {question} stand for themselves.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from seal_engine.domains.endpoint import Endpoint, complete
+from seal_engine.domains.grading import GRADERS, Grader, make_grader
+from seal_engine.domains.passages import Passage
+from seal_engine.domains.results import Article, Asked, Judged, Result
+from seal_engine.domains.seal_files import read_passages
+from seal_engine.domains.self_edits import split
+from seal_engine.engine import Engine
+from seal_engine.files import read_text
+from seal_engine.jobs import SCHEDULERS, TrainJob
+from seal_engine.ledger import Ledger, SelfEdit, Trial
+from seal_engine.requests import SamplingParams
+from seal_engine.restem import Attempt, Prompt, RefusedError, Writer
+from seal_engine.types import InputError, LoraConfig, is_integer, require, setting
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class KnowledgeConfig:
+    """Data, prompts, the inner loop and grading. Defaults are those of the published recipe, but for the grader."""
+
+    data: str = setting("", "JSON of passages with questions, as SEAL publishes them")
+    held_out_data: str = setting("", "the same, to measure on; default: the end of data")
+    held_out_contexts: int = setting(50, "passages to measure on")
+    prompt_template: str = setting("", "file: what the policy continues with a self-edit")
+    question_template: str = setting("", "file: what an adapter continues with an answer")
+    reading_template: str = setting("", "file: the same with the passage in the prompt")
+    chat: bool = setting(False, "send prompts as a user's turn of the model's chat template")
+    split_newlines: bool = setting(True, "a self-edit's lines are training sequences of their own")
+    with_title: bool = setting(True, "training sequences begin with the passage's title")
+    with_passage: bool = setting(True, "the passage itself is a training sequence, too")
+    max_sequences: int = setting(0, "of a self-edit, training sequences to use; 0: all")
+    append_eos: bool = setting(False, "training sequences end with the end token")
+    rank: int = setting(32, "r of each adapter")
+    alpha: float = setting(64, "lora_alpha of each adapter")
+    dropout: float = setting(0.0, "lora_dropout of each adapter")
+    targets: tuple[str, ...] = setting(("q_proj", "v_proj"), "adapted projections, or all-linear")
+    learning_rate: float = setting(1e-3, "of each adapter")
+    lr_scheduler: str = setting("linear", "of each adapter's learning rate", SCHEDULERS)
+    epochs: int = setting(10, "over a self-edit's training sequences")
+    batch_size: int = setting(1, "training sequences in a microbatch")
+    gradient_accumulation_steps: int = setting(1, "microbatches in an optimizer step")
+    passage_copies: int = setting(8, "of the passage alone, in the baseline with about a self-edit's steps")
+    answer_tokens: int = setting(64, "of an answer at most")
+    answer_stop: str = setting("", "text that ends an answer")
+    grader: str = setting("contains", "how answers are graded", GRADERS)
+    grade_template: str = setting("", "file: what a model that grades is asked")
+    self_edits_file: str = setting("", "JSON with completions: self-edits to compare with, writer 'file'")
+    endpoint: str = setting("", "base URL of an OpenAI-compatible endpoint, for grader or writer 'endpoint'")
+    endpoint_model: str = setting("", "the model to ask for there")
+    endpoint_key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds its key")
+    endpoint_self_edits: int = setting(0, "self-edits for each context to have written there")
+    endpoint_concurrency: int = setting(8, "requests there at once")
+
+    def __post_init__(self):
+        for name, least in (
+            ("held_out_contexts", 0), ("max_sequences", 0), ("passage_copies", 0), ("answer_tokens", 1),
+            ("endpoint_self_edits", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+        require(self.grader in GRADERS, "grader", self.grader, f"one of {list(GRADERS)}")
+        needs = self.grader == "endpoint" or self.endpoint_self_edits > 0
+        require(bool(self.endpoint) or not needs, "endpoint", self.endpoint, "a URL, as grader or self-edits need one")
+        self.job(["text"]).check()
+
+    def job(self, sequences: Sequence[str]) -> TrainJob:
+        """The inner loop on some training sequences."""
+        whole = self.targets == ("all-linear",)
+        lora = LoraConfig(self.rank, self.alpha, self.dropout, "all-linear" if whole else self.targets)
+        return TrainJob(
+            sequences, lora, self.learning_rate, self.lr_scheduler,
+            num_epochs=self.epochs, batch_size=self.batch_size, append_eos=self.append_eos,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )  # fmt: skip
+
+    def make_endpoint(self) -> Endpoint | None:
+        """The endpoint, if there is one."""
+        if not self.endpoint:
+            return None
+        return Endpoint(
+            self.endpoint, self.endpoint_model, self.endpoint_key_variable, self.endpoint_concurrency
+        )  # fmt: skip
+
+
+class Knowledge:
+    """Passages as a Domain (see restem)."""
+
+    def __init__(
+        self,
+        config: KnowledgeConfig,
+        engine: Engine,
+        train: Sequence[Passage] | None = None,
+        held_out: Sequence[Passage] | None = None,
+        writers: Mapping[str, Writer] | None = None,
+    ):
+        """train, held_out: in place of config's files. writers: beside the file's and the endpoint's."""
+        self.config = config
+        self.engine = engine
+        if train is None or held_out is None:
+            train, held_out = _read_data(config)
+        # Titles repeat, so a context's name has its number.
+        self.splits = {"train": _named("train", train), "held out": _named("held out", held_out)}
+        self.passages = self.splits["train"] | self.splits["held out"]
+        self.answer_params = SamplingParams(
+            temperature=0, max_tokens=config.answer_tokens, stop=config.answer_stop or None
+        )
+        names = ("prompt_template", "question_template", "reading_template")
+        self.templates = {name: read_template(getattr(config, name), f"{name}.txt") for name in names}
+        self.grader: Grader = make_grader(
+            config.grader, engine, config.make_endpoint(), read_template(config.grade_template, "grade.txt")
+        )
+        self._writers = dict(writers or {})
+        if config.self_edits_file:
+            known = {(p.title, p.context): p.completions for p in read_passages(config.self_edits_file)}
+            self._writers["file"] = Writer(lambda contexts: [known.get(self._key(c), ()) for c in contexts])
+        if config.endpoint_self_edits:
+            self._writers["endpoint"] = Writer(self._ask_endpoint)
+
+    def contexts(self, split: str) -> Sequence[str]:
+        """Names of the split's passages: its number and title."""
+        return list(self.splits[split])
+
+    def prompt(self, context: str) -> Prompt:
+        """What the policy continues with a self-edit."""
+        return self._fill("prompt_template", context)
+
+    def job(self, context: str, self_edit: str) -> TrainJob:
+        """The inner loop on the pieces of a self-edit. Raises RefusedError where there is none."""
+        passage = self.passages[context]
+        pieces = split(self_edit, passage.title, None, self.config.split_newlines)[: self.config.max_sequences or None]
+        if not pieces:
+            raise RefusedError("no text to train on")
+        return self._job(passage, [*pieces, *self._passage_sequences(passage, int(self.config.with_passage))])
+
+    def questions(self, context: str) -> Sequence[Prompt]:
+        """The passage's questions, without the passage."""
+        return [self._fill("question_template", context, q.question) for q in self.passages[context].questions]
+
+    def grade(self, answered: Sequence[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
+        """All answers through one call of the grader."""
+        asked = [
+            (question.question, question.answer, answer)
+            for context, answers in answered
+            for question, answer in zip(self.passages[context].questions, answers, strict=True)
+        ]
+        grades = iter(self.grader(asked))
+        return [[next(grades) for _ in answers] for _, answers in answered]
+
+    def baselines(self) -> Mapping[str, Callable[[str], Sequence[Attempt]]]:
+        """No adapter; the passage in the prompt; the passage alone, once and as often as a self-edit has sequences."""
+        made = {
+            "no adapter": lambda c: [Attempt(None, self.questions(c))],
+            "passage in the prompt": lambda c: [Attempt(None, self._reading(c))],
+            "passage only": partial(self._passage_attempt, 1),
+        }
+        if self.config.passage_copies:
+            made["passage only, equal steps"] = partial(self._passage_attempt, self.config.passage_copies)
+        return made
+
+    def writers(self) -> Mapping[str, Writer]:
+        """Self-edits from a file, from an endpoint, and what else was given."""
+        return self._writers
+
+    def _passage_attempt(self, copies: int, context: str) -> list[Attempt]:
+        passage = self.passages[context]
+        return [Attempt(self._job(passage, self._passage_sequences(passage, copies)), self.questions(context))]
+
+    def _passage_sequences(self, passage: Passage, copies: int) -> list[str]:
+        return split("", passage.title, passage.context) * copies
+
+    def _job(self, passage: Passage, sequences: Sequence[str]) -> TrainJob:
+        title = f"{passage.title}\n"
+        return self.config.job(sequences if self.config.with_title else [s.removeprefix(title) for s in sequences])
+
+    def _reading(self, context: str) -> list[Prompt]:
+        return [self._fill("reading_template", context, q.question) for q in self.passages[context].questions]
+
+    def _fill(self, template: str, context: str, question: str = "") -> Prompt:
+        passage = self.passages[context]
+        values = {"title": passage.title, "context": passage.context, "question": question}
+        text = fill(self.templates[template], values)
+        if not self.config.chat:
+            return text
+        turn = [{"role": "user", "content": text}]
+        return self.engine.tokenizer.apply_chat_template(turn, add_generation_prompt=True)
+
+    def _key(self, context: str) -> tuple[str, str]:
+        passage = self.passages[context]
+        return passage.title, passage.context
+
+    def _ask_endpoint(self, contexts: Sequence[str]) -> list[list[str | None]]:
+        endpoint, count = self.config.make_endpoint(), self.config.endpoint_self_edits
+        if endpoint is None:
+            raise InputError("endpoint: found nothing; accepted: a URL")
+        prompts = [
+            fill(self.templates["prompt_template"], {"title": p.title, "context": p.context})
+            for p in (self.passages[context] for context in contexts)
+            for _ in range(count)
+        ]
+        replies = iter(complete(endpoint, prompts, max_tokens=1024, temperature=1.0))
+        return [[next(replies).text for _ in range(count)] for _ in contexts]
+
+    def result(self, ledger: Ledger, seed: int, round_number: int) -> Result:
+        """What a round's E-step found, as SEAL's result files have it. A trial that failed answered nothing."""
+        phase, c = f"round {round_number}", self.config
+        before = {trial.context: trial for trial in ledger.trials(seed, f"{phase}, no adapter")}
+        trials: dict[tuple[str, int], list[Trial]] = {}
+        for trial in ledger.trials(seed, phase):
+            trials.setdefault((trial.context, trial.index), []).append(trial)
+        edits: dict[str, list[SelfEdit]] = {}
+        for edit in ledger.self_edits(seed, phase):
+            edits.setdefault(edit.context, []).append(edit)
+        articles = []
+        for context, passage in self.splits["train"].items():
+            judged = []
+            for edit in edits.get(context, []):
+                own = trials.get((context, edit.index), [])
+                asked = chain.from_iterable(_asked(passage, before[context], trial) for trial in own)
+                judged.append(Judged(edit.text, tuple(asked)))
+            prompt = fill(self.templates["prompt_template"], vars(passage))
+            articles.append(Article(passage.title, passage.context, tuple(judged), prompt))
+        lora = {
+            "rank": c.rank, "alpha": c.alpha, "dropout": c.dropout, "epochs": c.epochs, "lr": c.learning_rate,
+            "batch_size": c.batch_size, "grad_accum_steps": c.gradient_accumulation_steps,
+        }  # fmt: skip
+        model = Path(str(ledger.config.get("model", ""))).name
+        written, repeats = max(map(len, edits.values()), default=0), max(map(len, trials.values()), default=0)
+        stamp = datetime.now(UTC).strftime("%m%d_%H%M%S")
+        return Result(tuple(articles), stamp, model, c.data, c.split_newlines, written, repeats, lora)
+
+
+def _asked(passage: Passage, before: Trial, trial: Trial) -> Iterator[Asked]:
+    count = len(passage.questions)
+    answers, grades = trial.answers or ("",) * count, trial.grades or (0.0,) * count
+    for i, asked in enumerate(passage.questions):
+        yield Asked(
+            trial.repeat, asked.question, asked.answer, before.answers[i], answers[i], before.grades[i], grades[i]
+        )
+
+
+def read_template(path: str, shipped: str) -> str:
+    """A template's text; path "": the shipped one."""
+    text = read_text(Path(path) if path else TEMPLATES / shipped)
+    if text is None:
+        raise InputError(f"{path}: missing; accepted: a file with a template")
+    return text
+
+
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """The template with every {name} of values in its place, and nothing else changed."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+
+
+def _named(split: str, passages: Sequence[Passage]) -> dict[str, Passage]:
+    return {f"{split} {i:04d} {passage.title}": passage for i, passage in enumerate(passages)}
+
+
+def _read_data(config: KnowledgeConfig) -> tuple[list[Passage], list[Passage]]:
+    """Passages to learn from, and to measure on."""
+    require(bool(config.data), "data", config.data, "a JSON file of passages with questions")
+    passages, wanted = read_passages(config.data), config.held_out_contexts
+    rest = read_passages(config.held_out_data) if config.held_out_data else passages
+    most = len(rest) if config.held_out_data else len(rest) - 1
+    accepted = f"at most {most}, as {config.held_out_data or config.data} has {len(rest)} passages"
+    require(wanted <= most, "held_out_contexts", wanted, accepted)
+    if config.held_out_data:
+        return passages, rest[:wanted]
+    return passages[: len(passages) - wanted], passages[len(passages) - wanted :]

@@ -1,0 +1,483 @@
+"""ReST^EM (arXiv 2312.06585) over self-edits, as in SEAL (arXiv 2506.10943), algorithm 1.
+
+A round is an E-step and an M-step. E-step: sample k self-edits for each context from the policy; train an adapter on
+each, several times; ask each adapter the context's questions; its reward is its accuracy. M-step: fine-tune the policy
+on the self-edits that are kept. What contexts, self-edits and questions are, is the Domain's; what has been done is the
+Ledger's, so that a run which was killed goes on from there.
+
+A unit of work is recorded whole or not at all, and what it computes depends on the configuration and on the units
+before it alone. So a run that was interrupted ends like one that was not: on a CPU with the same bits, provided that
+memory is not what bounds how many adapters are trained at once.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from time import perf_counter
+from typing import Protocol
+
+from seal_engine.adapters import Adapter
+from seal_engine.engine import Engine
+from seal_engine.jobs import TrainJob, TrainSequence
+from seal_engine.ledger import Ledger, Policy, SelfEdit, Trial
+from seal_engine.requests import SamplingParams
+from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, setting
+
+Prompt = str | list[int]
+KEEP = ("best", "gain", "top")
+UPDATES = ("merge", "adapter")
+WRITTEN = "self-edits"  # the method whose self-edits the policy writes
+TOGETHER = "self-edits, one adapter for all"
+
+
+class RefusedError(Exception):
+    """A self-edit that nothing can be trained on; the message says why."""
+
+
+class UngradedError(RuntimeError):
+    """Grades that could not be had are left out of every mean; with too many of them a run stops."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to meet a context's questions: what is trained before (None: nothing), and what is asked."""
+
+    job: TrainJob | None
+    questions: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Someone else who writes self-edits: for each context any number of them, None where one could not be had."""
+
+    write: Callable[[Sequence[str]], Sequence[Sequence[str | None]]]
+    best: bool = False  # a context's best self-edit counts, not their mean
+
+
+class Domain(Protocol):
+    """What a task provides. A context goes by its name, which is unique over both splits."""
+
+    answer_params: SamplingParams  # how questions are answered
+
+    def contexts(self, split: str) -> Sequence[str]:
+        """Names of the contexts to learn from ("train"), or to measure on ("held out")."""
+        ...
+
+    def prompt(self, context: str) -> Prompt:
+        """What the policy continues with a self-edit."""
+        ...
+
+    def job(self, context: str, self_edit: str) -> TrainJob:
+        """What to train on a self-edit; the seed is set by the caller. Raises RefusedError."""
+        ...
+
+    def questions(self, context: str) -> Sequence[Prompt]:
+        """What each adapter is asked."""
+        ...
+
+    def grade(self, answered: Sequence[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
+        """For each (context, its answers) the grades, 0 to 1; None: could not be had. As many for each attempt."""
+        ...
+
+    def baselines(self) -> Mapping[str, Callable[[str], Sequence[Attempt]]]:
+        """What the table shows beside self-edits: attempts for a context."""
+        ...
+
+    def writers(self) -> Mapping[str, Writer]:
+        """Who else writes self-edits."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The outer loop. Defaults are those of the published recipe (knowledge incorporation)."""
+
+    seeds: tuple[int, ...] = setting((0,), "whole runs, one after another, for a spread")
+    rounds: int = setting(2, "of E-step and M-step")
+    contexts: int = setting(50, "of a round; each round takes the next ones")
+    self_edits: int = setting(5, "sampled for each context and round")
+    repeats: int = setting(3, "adapters trained on each self-edit, with seeds of their own")
+    held_out_self_edits: int = setting(1, "sampled for each held-out context to measure")
+    held_out_repeats: int = setting(1, "adapters trained on each of those")
+    together: int = setting(0, "self-edits of each held-out context for one adapter on all of them; 0: none")
+    temperature: float = setting(1.0, "of self-edits")
+    top_p: float = setting(0.95, "of self-edits")
+    max_tokens: int = setting(1024, "of a self-edit")
+    resamples: int = setting(3, "further tries where a self-edit is refused")
+    keep: str = setting("best", "best of each context, all that gain, or the top fraction", KEEP)
+    keep_fraction: float = setting(0.2, "of all self-edits, for keep = top")
+    keep_reward: float = setting(0.0, "a kept self-edit has at least this reward")
+    shuffle_rewards: bool = setting(False, "a control: every self-edit gets the reward of another")
+    policy_rank: int = setting(64, "r of the policy's update")
+    policy_alpha: float = setting(128, "lora_alpha of the policy's update")
+    policy_learning_rate: float = setting(3e-4, "of the policy's update")
+    policy_epochs: int = setting(2, "over the kept self-edits")
+    policy_batch_size: int = setting(10, "self-edits in a step of the policy's update")
+    policy_update: str = setting("merge", "merge into the base, or keep an adapter that writes only", UPDATES)
+    max_ungraded: float = setting(0.1, "stop where more than this share of grades is missing")
+    writer: str = setting("", "who writes the self-edits of a round, if not the policy: a name that the table shows")
+    trials_a_unit: int = setting(250, "adapters trained and asked at once, then recorded")
+
+    def __post_init__(self):
+        seeds = self.seeds
+        plain = isinstance(seeds, tuple) and bool(seeds) and all(is_integer(s) and 0 <= s < 2**31 for s in seeds)
+        require(plain and len(set(seeds)) == len(seeds), "seeds", seeds, "different integers >= 0")
+        for name, least in (
+            ("rounds", 0), ("contexts", 1), ("self_edits", 1), ("repeats", 1),
+            ("held_out_self_edits", 1), ("held_out_repeats", 1),
+            ("together", 0), ("max_tokens", 1), ("resamples", 0), ("policy_rank", 1), ("policy_epochs", 1),
+            ("policy_batch_size", 1), ("trials_a_unit", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+        for name in ("keep_fraction", "max_ungraded"):
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value <= 1, name, value, "0 to 1")
+        require(is_number(self.keep_reward), "keep_reward", self.keep_reward, "a number")
+        require(self.keep in KEEP, "keep", self.keep, f"one of {list(KEEP)}")
+        require(self.policy_update in UPDATES, "policy_update", self.policy_update, f"one of {list(UPDATES)}")
+        _ = SamplingParams(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)
+        try:
+            self.policy_job([TrainSequence([0, 0])]).check()
+        except InputError as error:
+            raise InputError(f"policy_{str(error).removeprefix('lora.')}") from None
+
+    def policy_job(self, sequences: Sequence[TrainSequence]) -> TrainJob:
+        """The M-step's fine-tuning of the policy."""
+        lora = LoraConfig(r=self.policy_rank, lora_alpha=self.policy_alpha, target_modules="all-linear")
+        return TrainJob(
+            sequences, lora, self.policy_learning_rate,
+            num_epochs=self.policy_epochs, batch_size=self.policy_batch_size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An attempt that the ledger knows by its context and index."""
+
+    context: str
+    index: int
+    attempt: Attempt
+
+
+def number(*parts: object) -> int:
+    """A seed, below 2**31, that depends on all parts and nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
+
+
+class ReSTEM:
+    """The loop over one engine, domain and ledger. `run` does all that the ledger does not have yet."""
+
+    def __init__(
+        self, engine: Engine, domain: Domain, config: LoopConfig, ledger: Ledger, say: Callable[[str], None] = print
+    ):
+        """say: takes a line on what has been measured."""
+        self.engine = engine
+        self.domain = domain
+        self.config = config
+        self.ledger = ledger
+        self.say = say
+        self.policy: Adapter | None = None  # what writes self-edits, beside the base
+        self.seed = config.seeds[0]
+
+    def run(self) -> None:
+        """All seeds: measure, then in each round improve the policy and measure again."""
+        writers = ["", *self.domain.writers()]
+        require(self.config.writer in writers, "writer", self.config.writer, f"one of {writers}")
+        for i, seed in enumerate(self.config.seeds):
+            self.seed = seed
+            if all(self.ledger.finished(self._unit(phase)) for phase in self._phases()):
+                continue
+            if i:
+                self.engine.reload()
+            self.policy = None
+            self.evaluate(0)
+            for round_number in range(1, self.config.rounds + 1):
+                self.e_step(round_number)
+                self.m_step(round_number)
+                self.evaluate(round_number)
+
+    def _phases(self) -> list[str]:
+        rounds = range(self.config.rounds + 1)
+        return [f"round {r}" for r in rounds if r] + [f"evaluation {r}" for r in rounds]
+
+    def e_step(self, round_number: int) -> None:
+        """Self-edits of all training contexts, and the reward of each."""
+        phase, known, count = f"round {round_number}", self.domain.contexts("train"), self.config.contexts
+        require(count <= len(known), "contexts", count, f"at most {len(known)}, as there are no more to learn from")
+        contexts = [known[i % len(known)] for i in range((round_number - 1) * count, round_number * count)]
+        if self.ledger.finished(self._unit(phase)):
+            return
+        plain = [Entry(c, 0, Attempt(None, self.domain.questions(c))) for c in contexts]
+        self.measure(f"{phase}, no adapter", plain, 1)
+        writer = self.domain.writers()[self.config.writer] if self.config.writer else None
+        self.measure(phase, self.write(phase, contexts, self.config.self_edits, writer), self.config.repeats)
+
+    def m_step(self, round_number: int) -> None:
+        """Fine-tune the policy on the self-edits that are kept, and go on from there."""
+        phase, directory = f"round {round_number}", self.ledger.policy_directory(self.seed, round_number)
+        if not self.ledger.finished(self._unit(phase)):
+            start = perf_counter()
+            kept = self.select(round_number)
+            job = self._policy_job(round_number, kept)
+            losses: list[float] = []
+            if job is not None:
+                (result,) = self.engine.train([job])
+                if result.adapter is None:
+                    raise RuntimeError(f"{phase}: the policy's update failed: {result.error}")
+                self.ledger.replace_directory(directory, result.adapter.save)
+                losses = result.losses
+            path = None if job is None else str(directory.relative_to(self.ledger.directory))
+            names = tuple((edit.context, edit.index) for edit in kept)
+            policy = Policy(
+                self.seed, round_number, path, names, len(losses), losses[-1] if losses else None,
+                perf_counter() - start,
+            )  # fmt: skip
+            rewards = [reward for reward in self.rewards(phase).values() if reward is not None]
+            metrics = {"seed": self.seed, "phase": phase, "reward": fmean(rewards) if rewards else None}
+            self.ledger.finish(self._unit(phase), policy=policy, metrics={**metrics, "kept": len(kept)})
+            if job is not None and job.checkpoint_dir is not None:
+                shutil.rmtree(job.checkpoint_dir, ignore_errors=True)
+            shown = "no reward" if not rewards else f"mean reward {fmean(rewards):.3f}"
+            self.say(f"seed {self.seed}, {phase}: {shown}, kept {len(kept)} self-edits")
+        done = next(p for p in self.ledger.policies(self.seed) if p.round == round_number)
+        if done.path is None:
+            return  # nothing was kept, so the policy is what it was
+        adapter = self.engine.load_adapter(directory)
+        if self.config.policy_update == "merge":
+            self.engine.merge(adapter)
+        else:
+            self.policy = adapter
+
+    def _policy_job(self, round_number: int, kept: Sequence[SelfEdit]) -> TrainJob | None:
+        if not kept:
+            return None
+        sequences = []
+        for edit in kept:
+            prompt = self.engine.inputs.token_ids(self.domain.prompt(edit.context), "prompt")
+            mask = [0] * len(prompt) + [1] * len(edit.token_ids)
+            sequences.append(TrainSequence([*prompt, *edit.token_ids], mask))
+        job = self.config.policy_job(sequences)
+        return replace(
+            job,
+            seed=number(self.seed, round_number, "policy"),
+            init_from=self.policy,
+            checkpoint_dir=self.ledger.directory / f"checkpoint of seed {self.seed}, round {round_number}",
+        )
+
+    def select(self, round_number: int) -> list[SelfEdit]:
+        """The self-edits of a round that the policy is to learn from."""
+        config, phase = self.config, f"round {round_number}"
+        edits = {(e.context, e.index): e for e in self.ledger.self_edits(self.seed, phase) if e.refused is None}
+        rewards = {key: r for key, r in self.rewards(phase).items() if r is not None and key in edits}
+        if config.shuffle_rewards:
+            order = sorted(rewards, key=lambda key: number(self.seed, phase, key))
+            rewards = dict(zip(rewards, (rewards[key] for key in order), strict=True))
+        before = {t.context: t.accuracy for t in self.ledger.trials(self.seed, f"{phase}, no adapter")}
+        enough = [key for key in rewards if rewards[key] >= config.keep_reward]
+        ranked = sorted(enough, key=lambda key: -rewards[key])  # equal ones stay in the order in which they were drawn
+        if config.keep == "gain":
+            kept = [key for key in enough if rewards[key] > (before[key[0]] or 0.0)]
+        elif config.keep == "top":
+            kept = ranked[: round(config.keep_fraction * len(edits))]
+        else:
+            kept = list({context: (context, index) for context, index in reversed(ranked)}.values())
+        return [edits[key] for key in sorted(kept)]
+
+    def rewards(self, phase: str) -> dict[tuple[str, int], float | None]:
+        """The mean accuracy of each self-edit's adapters by (context, index); None where none could be graded."""
+        rewards: dict[tuple[str, int], list[float]] = {}
+        for trial in self.ledger.trials(self.seed, phase):
+            given = [] if trial.accuracy is None else [trial.accuracy]
+            rewards.setdefault((trial.context, trial.index), []).extend(given)
+        return {key: fmean(values) if values else None for key, values in rewards.items()}
+
+    def evaluate(self, round_number: int) -> None:
+        """Measure the policy on held-out contexts; before the first round the baselines, too."""
+        config, phase, contexts = self.config, f"evaluation {round_number}", self.domain.contexts("held out")
+        if self.ledger.finished(self._unit(phase)):
+            return
+        if round_number == 0:
+            for name, attempts in self.domain.baselines().items():
+                entries = [Entry(c, i, attempt) for c in contexts for i, attempt in enumerate(attempts(c))]
+                trained = any(entry.attempt.job is not None for entry in entries)
+                self.measure(name, entries, config.held_out_repeats if trained else 1)
+            for name, writer in self.domain.writers().items():
+                self.measure(name, self.write(name, contexts, 0, writer), config.held_out_repeats, writer.best)
+        written = self.write(phase, contexts, max(config.held_out_self_edits, config.together))
+        own = [entry for entry in written if entry.index < config.held_out_self_edits]
+        accuracy = self.measure(f"{phase}, {WRITTEN}", own, config.held_out_repeats)
+        if config.together:
+            joint = _together([entry for entry in written if entry.index < config.together])
+            self.measure(f"{phase}, {TOGETHER}", joint, config.held_out_repeats)
+        self.ledger.finish(self._unit(phase), metrics={"seed": self.seed, "phase": phase, "accuracy": accuracy})
+
+    def write(self, phase: str, contexts: Sequence[str], count: int, writer: Writer | None = None) -> list[Entry]:
+        """Self-edits for each context, `count` by the policy or what the writer gives, as what is to be trained."""
+        unit = self._unit(f"{phase}, writing")
+        if not self.ledger.finished(unit):
+            edits = self._sampled(phase, contexts, count) if writer is None else self._given(phase, contexts, writer)
+            refused = sum(edit.refused is not None for edit in edits)
+            metrics = {"seed": self.seed, "phase": phase, "self_edits": len(edits), "refused": refused}
+            self.ledger.finish(unit, self_edits=edits, metrics=metrics)
+            if refused:
+                self.say(f"seed {self.seed}, {phase}: {refused} of {len(edits)} self-edits were refused")
+        entries = []
+        for edit in self.ledger.self_edits(self.seed, phase):
+            if edit.refused is None:
+                attempt = Attempt(self.domain.job(edit.context, edit.text), self.domain.questions(edit.context))
+                entries.append(Entry(edit.context, edit.index, attempt))
+        order = {context: i for i, context in enumerate(contexts)}
+        return sorted(entries, key=lambda entry: (order[entry.context], entry.index))
+
+    def _sampled(self, phase: str, contexts: Sequence[str], count: int) -> list[SelfEdit]:
+        """`count` self-edits of the policy for each context; those refused are drawn again, within a bound."""
+        due = [(context, index) for context in contexts for index in range(count)]
+        done: dict[tuple[str, int], SelfEdit] = {}
+        config, attempt = self.config, 0
+        params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
+        while due and attempt <= config.resamples:
+            attempt += 1
+            seeds = [number(self.seed, phase, *key, attempt) for key in due]
+            prompts = [self.domain.prompt(context) for context, _ in due]
+            outputs = self.engine.generate(prompts, [replace(params, seed=seed) for seed in seeds], self.policy)
+            for (context, index), seed, output in zip(due, seeds, outputs, strict=True):
+                sample = output.outputs[0]
+                done[context, index] = SelfEdit(
+                    self.seed, phase, context, index, sample.text, tuple(sample.token_ids), seed, attempt,
+                    refused=output.error or self._refusal(context, sample.text),
+                )  # fmt: skip
+            due = [key for key in due if done[key].refused is not None]
+        return list(done.values())
+
+    def _given(self, phase: str, contexts: Sequence[str], writer: Writer) -> list[SelfEdit]:
+        edits, end = [], self.engine.stop_token_ids[:1]  # a policy that learns from them learns to end, too
+        for context, texts in zip(contexts, writer.write(contexts), strict=True):
+            for index, text in enumerate(texts):
+                ids = [] if text is None else self.engine.tokenizer.encode(text, add_special_tokens=False)
+                refused = "could not be had" if text is None else self._refusal(context, text)
+                edits.append(SelfEdit(self.seed, phase, context, index, text or "", (*ids, *end), None, 1, refused))
+        return edits
+
+    def _refusal(self, context: str, text: str) -> str | None:
+        try:
+            self.domain.job(context, text)
+        except RefusedError as error:
+            return str(error)
+        return None
+
+    def measure(self, phase: str, entries: Sequence[Entry], repeats: int, best: bool = False) -> float | None:
+        """Train, ask and grade all entries, `repeats` times each; the mean accuracy over contexts."""
+        for i, unit in enumerate(_units(entries, repeats, self.config.trials_a_unit)):
+            name = self._unit(f"{phase}, trials {i}")
+            if not self.ledger.finished(name):
+                self.ledger.finish(name, trials=self._trials(phase, unit))
+        trials = self.ledger.trials(self.seed, phase)
+        missing = sum(grade is None for trial in trials for grade in trial.grades)
+        accuracy = mean_accuracy(trials, best)
+        shown = "nothing could be graded" if accuracy is None else f"{accuracy:.3f}"
+        failed = sum(trial.error is not None for trial in trials)
+        notes = [f"{missing} answers without a grade"] * bool(missing) + [f"{failed} failed to train"] * bool(failed)
+        self.say(": ".join([f"seed {self.seed}, {phase}", ", ".join([shown, *notes])]))
+        unit = self._unit(phase + ", accuracy")
+        if not self.ledger.finished(unit):
+            metrics = {"seed": self.seed, "phase": phase, "accuracy": accuracy, "trials": len(trials)}
+            self.ledger.finish(unit, metrics={**metrics, "failed": failed, "ungraded": missing})
+        return accuracy
+
+    def _trials(self, phase: str, unit: Sequence[tuple[Entry, int]]) -> list[Trial]:
+        """Train the unit's jobs all at once, ask all their questions at once, grade them at once.
+
+        Equal jobs (the same self-edit drawn twice, or one adapter for many contexts) are trained once.
+        """
+        start = perf_counter()
+        # The seed of a repeat is that of every job in it: what they differ by is the self-edit, not the luck.
+        seeds = {repeat: number(self.seed, phase, repeat) for _, repeat in unit}
+        numbers: dict[str, int] = {}
+        jobs: list[TrainJob] = []
+        places: list[int | None] = []  # of each trial's job
+        for entry, repeat in unit:
+            job = entry.attempt.job
+            if job is None:
+                places.append(None)
+                continue
+            job = replace(job, seed=seeds[repeat])
+            places.append(numbers.setdefault(repr(job), len(jobs)))
+            if places[-1] == len(jobs):
+                jobs.append(job)
+        results = self.engine.train(jobs) if jobs else []
+        prompts, adapters = [], []
+        for (entry, _), place in zip(unit, places, strict=True):
+            adapter = None if place is None else results[place].adapter
+            if place is None or adapter is not None:
+                prompts += entry.attempt.questions
+                adapters += [adapter] * len(entry.attempt.questions)
+        outputs = iter(self.engine.generate(prompts, self.domain.answer_params, adapters) if prompts else [])
+        answered: dict[int, tuple[str, list[str]]] = {}
+        for i, ((entry, _), place) in enumerate(zip(unit, places, strict=True)):
+            if place is None or results[place].adapter is not None:
+                answers = [next(outputs) for _ in entry.attempt.questions]
+                answered[i] = entry.context, ["" if a.error else a.outputs[0].text for a in answers]
+        grades = dict(zip(answered, self.domain.grade(list(answered.values())), strict=True))
+        given = [grade for own in grades.values() for grade in own]
+        missing = sum(grade is None for grade in given)
+        if given and missing / len(given) > self.config.max_ungraded:
+            raise UngradedError(
+                f"{phase}: {missing} of {len(given)} answers could not be graded; accepted: a share of at most "
+                f"{self.config.max_ungraded:g} (max_ungraded); nothing of this unit has been recorded"
+            )
+        seconds = (perf_counter() - start) / len(unit)
+        trials = []
+        for i, ((entry, repeat), place) in enumerate(zip(unit, places, strict=True)):
+            result = None if place is None else results[place]
+            trials.append(
+                Trial(
+                    self.seed, phase, entry.context, entry.index, repeat, seeds[repeat],
+                    num_steps=0 if result is None else result.num_steps,
+                    num_tokens=0 if result is None else result.num_tokens,
+                    final_loss=result.losses[-1] if result is not None and result.losses else None,
+                    error=None if result is None else result.error,
+                    answers=tuple(answered[i][1]) if i in answered else (),
+                    grades=tuple(grades.get(i, ())),
+                    seconds=seconds,
+                )
+            )  # fmt: skip
+        return trials
+
+    def _unit(self, name: str) -> str:
+        return f"seed {self.seed}, {name}"
+
+
+def _units(entries: Sequence[Entry], repeats: int, size: int) -> Iterator[list[tuple[Entry, int]]]:
+    """(entry, repeat) of all entries, those of one job together, as many at a time as have `size` different jobs."""
+    by_job: dict[tuple[str, int], list[tuple[Entry, int]]] = {}
+    for i, entry in enumerate(entries):
+        key = repr(entry.attempt.job) if entry.attempt.job is not None else str(i)
+        for repeat in range(repeats):
+            by_job.setdefault((key, repeat), []).append((entry, repeat))
+    groups = list(by_job.values())
+    for first in range(0, len(groups), size):
+        yield [trial for group in groups[first : first + size] for trial in group]
+
+
+def _together(entries: Sequence[Entry]) -> list[Entry]:
+    """One job on the sequences of all entries (continued pretraining), asked the questions of every context."""
+    jobs = [entry.attempt.job for entry in entries if entry.attempt.job is not None]
+    if not jobs:
+        return []
+    joint = replace(jobs[0], sequences=[sequence for job in jobs for sequence in job.sequences])
+    return [Entry(e.context, 0, Attempt(joint, e.attempt.questions)) for e in {e.context: e for e in entries}.values()]
+
+
+def mean_accuracy(trials: Sequence[Trial], best: bool = False) -> float | None:
+    """The mean over contexts of the mean over a context's trials (best: of its best attempt); None: nothing graded."""
+    by_context: dict[str, dict[int, list[float]]] = {}
+    for trial in trials:
+        if trial.accuracy is not None:
+            by_context.setdefault(trial.context, {}).setdefault(trial.index, []).append(trial.accuracy)
+    if not by_context:
+        return None
+    means = [[fmean(values) for values in indices.values()] for indices in by_context.values()]
+    return fmean(max(own) if best else fmean(own) for own in means)

@@ -1,0 +1,160 @@
+"""Runs: a task, its configuration and a directory; started, gone on with, and summed up.
+
+TASKS names what can be run. A run's directory holds its ledger (see ledger), from which `resume` needs nothing else,
+and what the task writes when it is done.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
+from seal_engine.domains.results import select
+from seal_engine.domains.seal_files import write_result, write_sft
+from seal_engine.engine import Engine
+from seal_engine.ledger import Ledger
+from seal_engine.restem import TOGETHER, WRITTEN, Domain, LoopConfig, ReSTEM
+from seal_engine.settings import defaults_of, make
+from seal_engine.tiny.demo import MINIATURE, make_miniature
+from seal_engine.types import InputError, require, setting
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FILES = ("data", "held_out_data", "prompt_template", "question_template", "reading_template", "grade_template",
+         "self_edits_file")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What runs the model."""
+
+    model: str = setting("", "directory of a Hugging Face checkpoint")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting("auto", "of the weights", DTYPES)
+    deterministic: bool = setting(False, "an adapter's bits do not depend on which others are trained with it")
+
+    def __post_init__(self):
+        require(bool(self.model), "model", self.model, "the directory of a checkpoint")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that can be run. defaults: in place of the configurations' own."""
+
+    config: type
+    make: Callable[[Any, Engine], Domain]
+    finish: Callable[[Any, Ledger], None]
+    defaults: Mapping[str, Any]
+    summary: str
+
+
+def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
+    """SEAL's own files of every round: the result, and what its rule keeps of it."""
+    for policy in ledger.policies():
+        result = domain.result(ledger, policy.seed, policy.round)
+        name = f"seed-{policy.seed}-round-{policy.round}"
+        write_result(ledger.directory / f"{name}.json", result)
+        write_sft(ledger.directory / f"{name}-kept.jsonl", select(result))
+
+
+TASKS = {
+    "knowledge": Task(KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them"),
+    "miniature": Task(
+        KnowledgeConfig, make_miniature, write_seal_files, MINIATURE,
+        "the same with the shipped model, in a small world of invented people",
+    ),
+}  # fmt: skip
+
+
+def configs(task: str) -> tuple[type, type, type]:
+    """The dataclasses whose fields configure the task; no two share a field's name."""
+    require(task in TASKS, "task", task, f"one of {list(TASKS)}")
+    return EngineConfig, LoopConfig, TASKS[task].config
+
+
+def start(task: str, values: Mapping[str, Any], out: str | Path, say: Callable[[str], None] = print) -> Path:
+    """Run a task with the given settings, or go on with the run in `out`; returns its directory.
+
+    values: by name of field; others have their defaults. Raises InputError, before anything is written, for settings
+    or data that cannot be used, and where `out` holds a run with other settings.
+    """
+    kinds = configs(task)
+    values = {**TASKS[task].defaults, **values}
+    known = {name for kind in kinds for name in defaults_of(kind)}
+    for name in values:
+        require(name in known, name, values[name], f"one of {sorted(known)}")
+    engine_config, loop, own = (make(kind, values) for kind in kinds)
+    files = {name: _digest(values[name]) for name in FILES if values.get(name)}
+    settings = asdict(engine_config) | asdict(loop) | asdict(own)
+    engine = Engine.from_pretrained(
+        engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic
+    )
+    domain = TASKS[task].make(own, engine)
+    with Ledger.open(out, {"task": task, **settings, "sha256": files}) as ledger:
+        ReSTEM(engine, domain, loop, ledger, say).run()
+        TASKS[task].finish(domain, ledger)
+        return ledger.directory
+
+
+def resume(directory: str | Path, say: Callable[[str], None] = print) -> Path:
+    """Go on with a run, from its directory alone."""
+    with Ledger.read(directory) as ledger:
+        settings = dict(ledger.config)
+    task = settings.pop("task", None)
+    settings.pop("sha256", None)
+    return start(str(task), settings, directory, say)
+
+
+def _digest(path: str) -> str:
+    """sha256 of a file that the run reads: the run cannot go on with another."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a method's accuracy on held-out contexts."""
+
+    name: str
+    accuracies: tuple[float, ...]  # of each seed, 0 to 1
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return fmean(self.accuracies)
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None for one."""
+        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+def rows(ledger: Ledger) -> list[Row]:
+    """The table: baselines in the order in which they were measured, then self-edits by round, then other writers."""
+    found: dict[str, list[float]] = {}
+    for entry in ledger.metrics():
+        if "trials" in entry and not str(entry["phase"]).startswith("round ") and entry["accuracy"] is not None:
+            found.setdefault(entry["phase"], []).append(entry["accuracy"])
+    return [Row(_title(phase), tuple(values)) for phase, values in found.items()]
+
+
+def _title(phase: str) -> str:
+    if not phase.startswith("evaluation "):
+        return phase
+    number, _, method = phase.removeprefix("evaluation ").partition(", ")
+    when = "before any round" if number == "0" else f"after round {number}"
+    return f"{method}, {when}" if method in (WRITTEN, TOGETHER) else f"{method} ({when})"
+
+
+def table(found: Iterator[Row] | list[Row]) -> str:
+    """Rows as text: means and standard deviations in percent."""
+    lines = [("method", "accuracy", "sd")]
+    for row in found:
+        deviation = "" if row.deviation is None else f"{100 * row.deviation:.1f}"
+        lines.append((row.name, f"{100 * row.mean:.1f}", deviation))
+    width = max(len(name) for name, *_ in lines) + 2
+    return "\n".join(f"{name:<{width}}{mean:>9}{deviation:>7}".rstrip() for name, mean, deviation in lines)

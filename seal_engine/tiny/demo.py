@@ -1,0 +1,60 @@
+"""The miniature as a task: the shipped model learns to write notes about invented people that teach well."""
+
+import random
+from collections.abc import Sequence
+
+from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
+from seal_engine.engine import Engine
+from seal_engine.restem import Writer
+from seal_engine.tiny import MODEL
+from seal_engine.tiny.world import ORACLE, TEMPLATES, World, write
+
+TRAIN_PASSAGES, PASSAGES_SEED = 96, 0
+BEST_STYLE = "best style, by template"
+# What was found to work for this model; the published recipe's numbers are for one of 7 billion parameters.
+MINIATURE = {
+    "model": str(MODEL),
+    "dtype": "float32",
+    "contexts": 24,
+    "held_out_contexts": 24,
+    "repeats": 1,
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "max_tokens": 110,
+    "keep_reward": 0.5,
+    "policy_rank": 32,
+    "policy_alpha": 64.0,
+    "policy_learning_rate": 2e-3,
+    "policy_epochs": 6,
+    "policy_batch_size": 4,
+    "prompt_template": str(TEMPLATES / "self_edit.txt"),
+    "question_template": str(TEMPLATES / "question.txt"),
+    "reading_template": str(TEMPLATES / "reading.txt"),
+    "with_title": False,
+    "with_passage": False,
+    "max_sequences": 10,
+    "append_eos": True,
+    "rank": 16,
+    "alpha": 32.0,
+    "learning_rate": 3e-3,
+    "epochs": 8,
+    "passage_copies": 5,
+    "answer_tokens": 6,
+    "answer_stop": "\n",
+    "grader": "exact",
+}
+
+
+def make_miniature(config: KnowledgeConfig, engine: Engine) -> Knowledge:
+    """Passages of the shipped world: people that the model never met."""
+    world = World()
+    train = world.passages("train", TRAIN_PASSAGES, PASSAGES_SEED)
+    held_out = world.passages("heldout", config.held_out_contexts, PASSAGES_SEED)
+    notes = [[write(ORACLE, passage, random.Random(passage.title))] for passage in held_out]
+
+    def best_style(contexts: Sequence[str]) -> list[list[str]]:
+        if len(contexts) != len(notes):
+            raise ValueError(f"contexts: found {len(contexts)}; accepted: the {len(notes)} held out")
+        return notes
+
+    return Knowledge(config, engine, train, held_out, {BEST_STYLE: Writer(best_style)})

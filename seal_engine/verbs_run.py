@@ -1,0 +1,112 @@
+"""The verbs around the loop: demo, run, resume, report, select, tiny."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from seal_engine import runs
+from seal_engine.domains.results import select as select_kept
+from seal_engine.domains.seal_files import read_result, write_sft
+from seal_engine.ledger import Ledger
+from seal_engine.settings import add_flags, read_toml
+from seal_engine.tiny.pretrain import Recipe, train_tiny
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", help="no progress bars, and no text but what --json gives", action="store_true")
+    parser.add_argument("--json", help="add one JSON object as the last line of stdout", action="store_true")
+
+
+def _say(options: argparse.Namespace) -> Callable[[str], None]:
+    return (lambda _: None) if options.quiet else print
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", nargs="?", default="knowledge", choices=sorted(DEMOS), help="(default: %(default)s)")
+    parser.add_argument("--out", help="directory of the run (default: runs/demo-TASK)", metavar="DIR")
+    parser.add_argument("--seeds", help="how many seeds to run (default: 3)", type=int, default=3, metavar="N")
+    _run_arguments(parser)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Watch a miniature model learn to write its own training data: minutes on a CPU, no download."""
+    values = {"seeds": tuple(range(options.seeds))}
+    _finish(runs.start(DEMOS[options.task], values, options.out or f"runs/demo-{options.task}", _say(options)), options)
+
+
+DEMOS = {"knowledge": "miniature"}
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    for name, task in runs.TASKS.items():
+        sub = tasks.add_parser(name, help=task.summary, description=task.summary)
+        sub.add_argument("--out", help="directory of the run; one that is there is gone on with", required=True)
+        sub.add_argument("--config", help="TOML file of settings; flags come before it", metavar="FILE")
+        _run_arguments(sub)
+        for kind in runs.configs(name):
+            add_flags(sub, kind, (kind.__doc__ or "").split("\n")[0], task.defaults)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the loop on a task: self-edits, adapters, questions, a better policy."""
+    kinds = runs.configs(options.task)
+    values = read_toml(options.config, kinds) if options.config else {}
+    names = {name for kind in kinds for name in kind.__dataclass_fields__}
+    values |= {name: value for name, value in vars(options).items() if name in names}
+    _finish(runs.start(options.task, values, options.out, _say(options)), options)
+
+
+def resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", help="of a run that was interrupted", metavar="DIR")
+    _run_arguments(parser)
+
+
+def resume(options: argparse.Namespace) -> None:
+    """Go on with a run that was interrupted."""
+    _finish(runs.resume(options.directory, _say(options)), options)
+
+
+def _finish(directory: Path, options: argparse.Namespace) -> None:
+    """Write the report, and print what the run came to."""
+    with Ledger.read(directory) as ledger:
+        found = runs.rows(ledger)
+        if not options.quiet:
+            print(runs.table(found))
+            print(f"{directory}: ledger.sqlite, metrics.jsonl")
+        if options.json:
+            rows = [{"method": r.name, "mean": r.mean, "sd": r.deviation, "by_seed": r.accuracies} for r in found]
+            print(json.dumps({"directory": str(directory), "table": rows}))
+
+
+def select_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("result", help="a result file of SEAL, or one that a run wrote", metavar="RESULT.json")
+    parser.add_argument("--out", help="the kept self-edits, a line each, to fine-tune on", required=True)
+    parser.add_argument("--json", help="add one JSON object as the last line of stdout", action="store_true")
+
+
+def select(options: argparse.Namespace) -> None:
+    """Keep the best self-edit of each passage, by SEAL's published rule."""
+    kept = select_kept(read_result(options.result))
+    write_sft(options.out, kept)
+    print(f"{options.out}: {len(kept)} self-edits")
+    if options.json:
+        print(json.dumps({"out": options.out, "kept": len(kept)}))
+
+
+def tiny_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="tiny_verb", metavar="VERB", required=True)
+    train = verbs.add_parser("train", help="train the miniature from scratch, as the shipped one was")
+    train.add_argument("--out", help="new directory: a Hugging Face checkpoint", required=True, metavar="DIR")
+    train.add_argument("--seed", type=int, default=Recipe.seed, metavar="N", help="(default: %(default)s)")
+    _run_arguments(train)
+
+
+def tiny(options: argparse.Namespace) -> None:
+    """The shipped miniature: train it again."""
+    report = train_tiny(Path(options.out), Recipe(seed=options.seed), progress=not options.quiet)
+    if not options.quiet:
+        print(f"{options.out}: " + ", ".join(f"{name} {value:g}" for name, value in report.items()))
+    if options.json:
+        print(json.dumps({"out": options.out, **report}))
