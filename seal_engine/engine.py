@@ -209,7 +209,7 @@ class Engine:
             raise InputError(f"jobs: found {show(jobs)}; accepted: a list of TrainJob")
         trainer = self.trainer(callback=callback, **options)
         ids = [trainer.submit(job) for job in jobs]
-        with tqdm(total=len(jobs), unit="job", desc="Training", delay=1.0, disable=not progress) as bar:
+        with tqdm(total=len(jobs), unit="job", desc="Training", delay=1.0, leave=False, disable=not progress) as bar:
             start = perf_counter()
             while trainer.busy:
                 trainer.step()
@@ -267,7 +267,7 @@ class Engine:
         has an error. progress: a bar over prompts and tokens, if it takes over a second. options: as of `sampler`.
         """
         sampler, ids = self._submit(prompts, params, adapters, options)
-        with tqdm(total=len(ids), unit="prompt", desc="Sampling", delay=1.0, disable=not progress) as bar:
+        with tqdm(total=len(ids), unit="prompt", desc="Sampling", delay=1.0, leave=False, disable=not progress) as bar:
             start = perf_counter()
             while sampler.busy:
                 sampler.step()

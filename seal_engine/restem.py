@@ -171,14 +171,21 @@ class ReSTEM:
     """The loop over one engine, domain and ledger. `run` does all that the ledger does not have yet."""
 
     def __init__(
-        self, engine: Engine, domain: Domain, config: LoopConfig, ledger: Ledger, say: Callable[[str], None] = print
+        self,
+        engine: Engine,
+        domain: Domain,
+        config: LoopConfig,
+        ledger: Ledger,
+        say: Callable[[str], None] = print,
+        progress: bool = True,
     ):
-        """say: takes a line on what has been measured."""
+        """say: takes a line on what has been measured. progress: bars, of what takes over a second."""
         self.engine = engine
         self.domain = domain
         self.config = config
         self.ledger = ledger
         self.say = say
+        self.progress = progress
         self.policy: Adapter | None = None  # what writes self-edits, beside the base
         self.seed = config.seeds[0]
 
@@ -186,6 +193,8 @@ class ReSTEM:
         """All seeds: measure, then in each round improve the policy and measure again."""
         writers = ["", *self.domain.writers()]
         require(self.config.writer in writers, "writer", self.config.writer, f"one of {writers}")
+        count, known = self.config.contexts, len(self.domain.contexts("train"))
+        require(count <= known or not self.config.rounds, "contexts", count, f"at most {known}: there are no more")
         for i, seed in enumerate(self.config.seeds):
             self.seed = seed
             if all(self.ledger.finished(self._unit(phase)) for phase in self._phases()):
@@ -206,7 +215,6 @@ class ReSTEM:
     def e_step(self, round_number: int) -> None:
         """Self-edits of all training contexts, and the reward of each."""
         phase, known, count = f"round {round_number}", self.domain.contexts("train"), self.config.contexts
-        require(count <= len(known), "contexts", count, f"at most {len(known)}, as there are no more to learn from")
         contexts = [known[i % len(known)] for i in range((round_number - 1) * count, round_number * count)]
         if self.ledger.finished(self._unit(phase)):
             return
@@ -224,7 +232,7 @@ class ReSTEM:
             job = self._policy_job(round_number, kept)
             losses: list[float] = []
             if job is not None:
-                (result,) = self.engine.train([job])
+                (result,) = self.engine.train([job], progress=self.progress)
                 if result.adapter is None:
                     raise RuntimeError(f"{phase}: the policy's update failed: {result.error}")
                 self.ledger.replace_directory(directory, result.adapter.save)
@@ -342,7 +350,8 @@ class ReSTEM:
             attempt += 1
             seeds = [number(self.seed, phase, *key, attempt) for key in due]
             prompts = [self.domain.prompt(context) for context, _ in due]
-            outputs = self.engine.generate(prompts, [replace(params, seed=seed) for seed in seeds], self.policy)
+            own = [replace(params, seed=seed) for seed in seeds]
+            outputs = self.engine.generate(prompts, own, self.policy, progress=self.progress)
             for (context, index), seed, output in zip(due, seeds, outputs, strict=True):
                 sample = output.outputs[0]
                 done[context, index] = SelfEdit(
@@ -377,10 +386,13 @@ class ReSTEM:
         trials = self.ledger.trials(self.seed, phase)
         missing = sum(grade is None for trial in trials for grade in trial.grades)
         accuracy = mean_accuracy(trials, best)
-        shown = "nothing could be graded" if accuracy is None else f"{accuracy:.3f}"
-        failed = sum(trial.error is not None for trial in trials)
-        notes = [f"{missing} answers without a grade"] * bool(missing) + [f"{failed} failed to train"] * bool(failed)
-        self.say(": ".join([f"seed {self.seed}, {phase}", ", ".join([shown, *notes])]))
+        notes = ["nothing could be graded" if accuracy is None else f"{accuracy:.3f}"]
+        failed, tokens = sum(trial.error is not None for trial in trials), sum(trial.num_tokens for trial in trials)
+        if tokens:
+            seconds = sum(trial.seconds for trial in trials)
+            notes.append(f"{len(trials)} adapters, {tokens} tokens in {seconds:.1f} s")
+        notes += [f"{missing} answers without a grade"] * bool(missing) + [f"{failed} failed to train"] * bool(failed)
+        self.say(f"seed {self.seed}, {phase}: {', '.join(notes)}")
         unit = self._unit(phase + ", accuracy")
         if not self.ledger.finished(unit):
             metrics = {"seed": self.seed, "phase": phase, "accuracy": accuracy, "trials": len(trials)}
@@ -407,14 +419,15 @@ class ReSTEM:
             places.append(numbers.setdefault(repr(job), len(jobs)))
             if places[-1] == len(jobs):
                 jobs.append(job)
-        results = self.engine.train(jobs) if jobs else []
+        results = self.engine.train(jobs, progress=self.progress) if jobs else []
         prompts, adapters = [], []
         for (entry, _), place in zip(unit, places, strict=True):
             adapter = None if place is None else results[place].adapter
             if place is None or adapter is not None:
                 prompts += entry.attempt.questions
                 adapters += [adapter] * len(entry.attempt.questions)
-        outputs = iter(self.engine.generate(prompts, self.domain.answer_params, adapters) if prompts else [])
+        params, bar = self.domain.answer_params, self.progress
+        outputs = iter(self.engine.generate(prompts, params, adapters, progress=bar) if prompts else [])
         answered: dict[int, tuple[str, list[str]]] = {}
         for i, ((entry, _), place) in enumerate(zip(unit, places, strict=True)):
             if place is None or results[place].adapter is not None:

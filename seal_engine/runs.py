@@ -74,11 +74,17 @@ def configs(task: str) -> tuple[type, type, type]:
     return EngineConfig, LoopConfig, TASKS[task].config
 
 
-def start(task: str, values: Mapping[str, Any], out: str | Path, say: Callable[[str], None] = print) -> Path:
+def start(
+    task: str,
+    values: Mapping[str, Any],
+    out: str | Path,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> Path:
     """Run a task with the given settings, or go on with the run in `out`; returns its directory.
 
-    values: by name of field; others have their defaults. Raises InputError, before anything is written, for settings
-    or data that cannot be used, and where `out` holds a run with other settings.
+    values: by name of field; others have their defaults. say, progress: as of ReSTEM. Raises InputError for settings
+    or data that cannot be used, before anything is trained, and where `out` holds a run with other settings.
     """
     kinds = configs(task)
     values = {**TASKS[task].defaults, **values}
@@ -93,18 +99,18 @@ def start(task: str, values: Mapping[str, Any], out: str | Path, say: Callable[[
     )
     domain = TASKS[task].make(own, engine)
     with Ledger.open(out, {"task": task, **settings, "sha256": files}) as ledger:
-        ReSTEM(engine, domain, loop, ledger, say).run()
+        ReSTEM(engine, domain, loop, ledger, say, progress).run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
 
 
-def resume(directory: str | Path, say: Callable[[str], None] = print) -> Path:
+def resume(directory: str | Path, say: Callable[[str], None] = print, progress: bool = True) -> Path:
     """Go on with a run, from its directory alone."""
     with Ledger.read(directory) as ledger:
         settings = dict(ledger.config)
     task = settings.pop("task", None)
     settings.pop("sha256", None)
-    return start(str(task), settings, directory, say)
+    return start(str(task), settings, directory, say, progress)
 
 
 def _digest(path: str) -> str:

@@ -18,8 +18,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="add one JSON object as the last line of stdout", action="store_true")
 
 
-def _say(options: argparse.Namespace) -> Callable[[str], None]:
-    return (lambda _: None) if options.quiet else print
+def _shown(options: argparse.Namespace) -> tuple[Callable[[str], None], bool]:
+    """Where lines go, and whether there are bars."""
+    return (lambda _: None) if options.quiet else print, not options.quiet
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,8 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 def demo(options: argparse.Namespace) -> None:
     """Watch a miniature model learn to write its own training data: minutes on a CPU, no download."""
     values = {"seeds": tuple(range(options.seeds))}
-    _finish(runs.start(DEMOS[options.task], values, options.out or f"runs/demo-{options.task}", _say(options)), options)
+    out = options.out or f"runs/demo-{options.task}"
+    _finish(runs.start(DEMOS[options.task], values, out, *_shown(options)), options)
 
 
 DEMOS = {"knowledge": "miniature"}
@@ -41,12 +43,15 @@ DEMOS = {"knowledge": "miniature"}
 def run_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, task in runs.TASKS.items():
-        sub = tasks.add_parser(name, help=task.summary, description=task.summary)
-        sub.add_argument("--out", help="directory of the run; one that is there is gone on with", required=True)
+        usage = "%(prog)s --out DIR [--config FILE.toml] [settings]"
+        sub = tasks.add_parser(name, help=task.summary, description=task.summary, usage=usage)
+        sub.add_argument(
+            "--out", help="directory of the run; one that is there is gone on with", required=True, metavar="DIR"
+        )
         sub.add_argument("--config", help="TOML file of settings; flags come before it", metavar="FILE")
         _run_arguments(sub)
         for kind in runs.configs(name):
-            add_flags(sub, kind, (kind.__doc__ or "").split("\n")[0], task.defaults)
+            add_flags(sub, kind, (kind.__doc__ or "").partition(".")[0], task.defaults)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     values = read_toml(options.config, kinds) if options.config else {}
     names = {name for kind in kinds for name in kind.__dataclass_fields__}
     values |= {name: value for name, value in vars(options).items() if name in names}
-    _finish(runs.start(options.task, values, options.out, _say(options)), options)
+    _finish(runs.start(options.task, values, options.out, *_shown(options)), options)
 
 
 def resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +70,7 @@ def resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resume(options: argparse.Namespace) -> None:
     """Go on with a run that was interrupted."""
-    _finish(runs.resume(options.directory, _say(options)), options)
+    _finish(runs.resume(options.directory, *_shown(options)), options)
 
 
 def _finish(directory: Path, options: argparse.Namespace) -> None:

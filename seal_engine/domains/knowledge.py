@@ -216,41 +216,37 @@ class Knowledge:
         return [[next(replies).text for _ in range(count)] for _ in contexts]
 
     def result(self, ledger: Ledger, seed: int, round_number: int) -> Result:
-        """What a round's E-step found, as SEAL's result files have it. A trial that failed answered nothing."""
+        """What a round's E-step found, as SEAL's result files have it. Who failed or was refused answered nothing."""
         phase, c = f"round {round_number}", self.config
         before = {trial.context: trial for trial in ledger.trials(seed, f"{phase}, no adapter")}
-        trials: dict[tuple[str, int], list[Trial]] = {}
-        for trial in ledger.trials(seed, phase):
-            trials.setdefault((trial.context, trial.index), []).append(trial)
+        trials = {(trial.context, trial.index, trial.repeat): trial for trial in ledger.trials(seed, phase)}
         edits: dict[str, list[SelfEdit]] = {}
         for edit in ledger.self_edits(seed, phase):
             edits.setdefault(edit.context, []).append(edit)
+        repeats = range(1 + max((repeat for _, _, repeat in trials), default=0))
         articles = []
-        for context, passage in self.splits["train"].items():
-            judged = []
-            for edit in edits.get(context, []):
-                own = trials.get((context, edit.index), [])
-                asked = chain.from_iterable(_asked(passage, before[context], trial) for trial in own)
-                judged.append(Judged(edit.text, tuple(asked)))
+        for context, written in edits.items():
+            passage, judged = self.passages[context], []
+            for edit in written:
+                own = (_asked(passage, r, before[context], trials.get((context, edit.index, r))) for r in repeats)
+                judged.append(Judged(edit.text, tuple(chain.from_iterable(own))))
             prompt = fill(self.templates["prompt_template"], vars(passage))
             articles.append(Article(passage.title, passage.context, tuple(judged), prompt))
         lora = {
             "rank": c.rank, "alpha": c.alpha, "dropout": c.dropout, "epochs": c.epochs, "lr": c.learning_rate,
             "batch_size": c.batch_size, "grad_accum_steps": c.gradient_accumulation_steps,
         }  # fmt: skip
-        model = Path(str(ledger.config.get("model", ""))).name
-        written, repeats = max(map(len, edits.values()), default=0), max(map(len, trials.values()), default=0)
-        stamp = datetime.now(UTC).strftime("%m%d_%H%M%S")
-        return Result(tuple(articles), stamp, model, c.data, c.split_newlines, written, repeats, lora)
+        model, stamp = Path(str(ledger.config.get("model", ""))).name, datetime.now(UTC).strftime("%m%d_%H%M%S")
+        count = max(map(len, edits.values()), default=0)
+        return Result(tuple(articles), stamp, model, c.data, c.split_newlines, count, len(repeats), lora)
 
 
-def _asked(passage: Passage, before: Trial, trial: Trial) -> Iterator[Asked]:
+def _asked(passage: Passage, repeat: int, before: Trial, trial: Trial | None) -> Iterator[Asked]:
     count = len(passage.questions)
-    answers, grades = trial.answers or ("",) * count, trial.grades or (0.0,) * count
+    answers = trial.answers if trial and trial.answers else ("",) * count
+    grades = trial.grades if trial and trial.answers else (0.0,) * count
     for i, asked in enumerate(passage.questions):
-        yield Asked(
-            trial.repeat, asked.question, asked.answer, before.answers[i], answers[i], before.grades[i], grades[i]
-        )
+        yield Asked(repeat, asked.question, asked.answer, before.answers[i], answers[i], before.grades[i], grades[i])
 
 
 def read_template(path: str, shipped: str) -> str:
