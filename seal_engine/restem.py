@@ -22,7 +22,7 @@ from seal_engine.adapters import Adapter
 from seal_engine.engine import Engine
 from seal_engine.jobs import TrainJob, TrainSequence
 from seal_engine.ledger import Ledger, Policy, SelfEdit, Trial
-from seal_engine.requests import SamplingParams
+from seal_engine.requests import Completion, SamplingParams
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, setting
 
 Prompt = str | list[int]
@@ -353,7 +353,7 @@ class ReSTEM:
             own = [replace(params, seed=seed) for seed in seeds]
             outputs = self.engine.generate(prompts, own, self.policy, progress=self.progress)
             for (context, index), seed, output in zip(due, seeds, outputs, strict=True):
-                sample = output.outputs[0]
+                sample = output.outputs[0] if output.outputs else Completion(index)
                 done[context, index] = SelfEdit(
                     self.seed, phase, context, index, sample.text, tuple(sample.token_ids), seed, attempt,
                     refused=output.error or self._refusal(context, sample.text),
@@ -429,10 +429,14 @@ class ReSTEM:
         params, bar = self.domain.answer_params, self.progress
         outputs = iter(self.engine.generate(prompts, params, adapters, progress=bar) if prompts else [])
         answered: dict[int, tuple[str, list[str]]] = {}
+        unasked = 0
         for i, ((entry, _), place) in enumerate(zip(unit, places, strict=True)):
             if place is None or results[place].adapter is not None:
                 answers = [next(outputs) for _ in entry.attempt.questions]
                 answered[i] = entry.context, ["" if a.error else a.outputs[0].text for a in answers]
+                unasked += sum(answer.error is not None for answer in answers)
+        if unasked:
+            self.say(f"{phase}: {unasked} of {len(prompts)} questions could not be asked: wrong answers")
         grades = dict(zip(answered, self.domain.grade(list(answered.values())), strict=True))
         given = [grade for own in grades.values() for grade in own]
         missing = sum(grade is None for grade in given)

@@ -258,7 +258,7 @@ def train_tiny(out: Path, recipe: Recipe = Recipe(), progress: bool = True) -> d
                 optimizer.step()
                 schedule.step()
                 num_tokens += int((doc > 0).sum())
-                losses.append(float(loss))
+                losses.append(loss.item())
                 bar.update()
                 bar.set_postfix_str(f"stage {stage}, loss {fmean(losses[-50:]):.3f}", refresh=False)
     save(out, recipe, model, tokenizer)
