@@ -53,6 +53,7 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argp
     "demo": (verbs_run.demo_arguments, verbs_run.demo),
     "run": (verbs_run.run_arguments, verbs_run.run),
     "resume": (verbs_run.resume_arguments, verbs_run.resume),
+    "report": (verbs_run.report_arguments, verbs_run.report),
     "train": (verbs_engine.train_arguments, verbs_engine.train),
     "generate": (verbs_engine.generate_arguments, verbs_engine.generate),
     "select": (verbs_run.select_arguments, verbs_run.select),

@@ -274,6 +274,17 @@ class Ledger:
                 entry[metric] = math.nan if row["is_nan"] else value
         return list(entries.values())
 
+    @property
+    def started(self) -> str:
+        """When the run began (UTC, ISO 8601)."""
+        return self._connection.execute("SELECT started FROM run").fetchone()[0]
+
+    def units(self) -> list[tuple[str, str, float]]:
+        """(name, when it was finished, seconds that it took) of every unit, in the order they were finished."""
+        with _explained(self.directory):
+            rows = self._connection.execute("SELECT unit, finished, seconds FROM units ORDER BY number")
+            return [(_restored(unit), finished, seconds) for unit, finished, seconds in rows]
+
     def contents(self) -> dict[str, Any]:
         """All but times, as JSON: what two equal runs have in common. NaN and infinity are named by strings.
 

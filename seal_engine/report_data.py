@@ -37,17 +37,19 @@ def deviation(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Accuracy of self-edits on each held-out context before and after, over the seeds that have both."""
+    """Accuracy of self-edits on each held-out context before and after: means over the seeds that have both."""
 
     last: int  # the round that "after" means
     seeds: list[int]
     before: dict[str, float]
     after: dict[str, float]
+    missing: int  # contexts without a pair: every self-edit before, or after, was refused or not graded
 
     @cached_property
     def changes(self) -> dict[str, float]:
         """After less before, the greatest gain first."""
-        changes = {name: self.after[name] - self.before[name] for name in self.before}
+        # Rounded, as equal means of other numbers may differ in their last bits.
+        changes = {name: round(self.after[name] - self.before[name], 9) for name in self.before}
         return dict(sorted(changes.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -89,7 +91,8 @@ class RunData:
         self.edits: dict[tuple[int, str], list[SelfEdit]] = defaultdict(list)
         for edit in ledger.self_edits():
             self.edits[edit.seed, edit.phase].append(edit)
-        self.started, self.units = _times(ledger)
+        self.started = ledger.started
+        self.units = [Unit(name, finished, seconds, *_place(name)) for name, finished, seconds in ledger.units()]
 
     @cached_property
     def accuracies(self) -> dict[str, dict[int, float]]:
@@ -123,18 +126,24 @@ class RunData:
         seeds = sorted(found.get(0, {}).keys() & found.get(last, {}).keys())
         if last == 0 or not seeds:
             return None
-        before, after = (self._by_context(f"evaluation {r}, {WRITTEN}", seeds) for r in (0, last))
-        both = before.keys() & after.keys()
-        return Pairs(last, seeds, *({name: of[name] for name in sorted(both)} for of in (before, after)))
+        phases = [f"evaluation {r}" for r in (0, last)]
+        before, after = (self._by_context(f"{phase}, {WRITTEN}", seeds) for phase in phases)
+        pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for key in before:
+            if key in after:
+                pairs[key[1]].append((before[key], after[key]))
+        means = [{name: fmean(pair[i] for pair in own) for name, own in sorted(pairs.items())} for i in (0, 1)]
+        known = {edit.context for seed in seeds for phase in phases for edit in self.edits.get((seed, phase), [])}
+        return Pairs(last, seeds, *means, missing=len(known - pairs.keys()))
 
-    def _by_context(self, phase: str, seeds: Sequence[int]) -> dict[str, float]:
-        """The mean over seeds of the mean over a context's trials."""
-        found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    def _by_context(self, phase: str, seeds: Sequence[int]) -> dict[tuple[int, str], float]:
+        """(Seed, context) -> mean accuracy of its trials."""
+        found: dict[tuple[int, str], list[float]] = defaultdict(list)
         for seed in seeds:
             for trial in self.trials.get((seed, phase), []):
                 for accuracy in finite([trial.accuracy]):
-                    found[trial.context][seed].append(accuracy)
-        return {context: fmean(map(fmean, own.values())) for context, own in found.items()}
+                    found[seed, trial.context].append(accuracy)
+        return {key: fmean(own) for key, own in found.items()}
 
     @cached_property
     def rounds(self) -> list[Round]:
@@ -206,14 +215,6 @@ class RunData:
         phases = [f"round {r}" for r in range(1, rounds + 1)] + [f"evaluation {r}" for r in range(rounds + 1)]
         names = {unit.name for unit in self.units}
         return sum(f"seed {s}, {phase}" in names for s in seeds for phase in phases), len(seeds) * len(phases)
-
-
-def _times(ledger: Ledger) -> tuple[str, list[Unit]]:
-    """When the run began, and its units in the order in which they were finished."""
-    connection = ledger._connection  # whose transaction all else is read in, too
-    (started,) = connection.execute("SELECT started FROM run").fetchone()
-    rows = connection.execute("SELECT unit, finished, seconds FROM units ORDER BY number")
-    return started, [Unit(str(name), finished, seconds, *_place(str(name))) for name, finished, seconds in rows]
 
 
 def _place(unit: str) -> tuple[str, str]:

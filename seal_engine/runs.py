@@ -5,6 +5,7 @@ and what the task writes when it is done.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,7 +144,8 @@ def rows(ledger: Ledger) -> list[Row]:
     """The table: baselines in the order in which they were measured, then self-edits by round, then other writers."""
     found: dict[str, list[float]] = {}
     for entry in ledger.metrics():
-        if "trials" in entry and not str(entry["phase"]).startswith("round ") and entry["accuracy"] is not None:
+        known = entry.get("accuracy") is not None and math.isfinite(entry["accuracy"])
+        if "trials" in entry and not str(entry["phase"]).startswith("round ") and known:
             found.setdefault(entry["phase"], []).append(entry["accuracy"])
     return [Row(_title(phase), tuple(values)) for phase, values in found.items()]
 

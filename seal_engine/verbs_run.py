@@ -9,6 +9,7 @@ from seal_engine import runs
 from seal_engine.domains.results import select as select_kept
 from seal_engine.domains.seal_files import read_result, write_sft
 from seal_engine.ledger import Ledger
+from seal_engine.report import write_report
 from seal_engine.settings import add_flags, read_toml
 from seal_engine.tiny.pretrain import Recipe, train_tiny
 
@@ -75,14 +76,25 @@ def resume(options: argparse.Namespace) -> None:
 
 def _finish(directory: Path, options: argparse.Namespace) -> None:
     """Write the report, and print what the run came to."""
+    page = write_report(directory)
     with Ledger.read(directory) as ledger:
         found = runs.rows(ledger)
         if not options.quiet:
             print(runs.table(found))
-            print(f"{directory}: ledger.sqlite, metrics.jsonl")
+            print(f"More, with pictures: {page}")
         if options.json:
             rows = [{"method": r.name, "mean": r.mean, "sd": r.deviation, "by_seed": r.accuracies} for r in found]
-            print(json.dumps({"directory": str(directory), "table": rows}))
+            print(json.dumps({"directory": str(directory), "report": str(page), "table": rows}))
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", help="of a run, which may still be going on", metavar="DIR")
+    _run_arguments(parser)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write a run's page and pictures, and print its table."""
+    _finish(Path(options.directory), options)
 
 
 def select_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,8 @@ LAYERS = [
     {"domains"},
     {"tiny"},
     {"runs"},
+    {"report_data", "report_html"},
+    {"report_plots"},
     {"report"},
     {"verbs_engine", "verbs_run"},
     {"cli"},

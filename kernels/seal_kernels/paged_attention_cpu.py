@@ -9,7 +9,7 @@ from torch import Tensor
 # Queries of a sequence that the CPU takes at once, and the most that a sequence of such tiles has in a call.
 TILES = ((1, 1), (16, 64), (64, 1 << 31))
 INDEPENDENT_TILES = ((8, 1 << 31),)  # if rows must be independent: a lone query is then padded to a tile too
-MOST_GATHERED = 1 << 21  # elements of keys that the CPU gathers at once: 8 MiB of float32
+MOST_GATHERED = 1 << 19  # elements of keys gathered at once, 2 MiB of float32: what is read next is in the cache
 
 
 def _lengths(
@@ -26,18 +26,21 @@ def _lengths(
 
 
 def _tiles(
-    queries: np.ndarray, context: np.ndarray, tile: int, window: int | None, limit: int
+    queries: np.ndarray, context: np.ndarray, tile: int, window: int | None, block: int, limit: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
     """(sequences, first queries, first keys, width): tiles of queries that see about as many keys, at most `limit` keys
-    in all. Tiles lie at multiples of their size in the sequence, and width follows from place and window alone."""
+    in all. Tiles lie at multiples of their size in the sequence, and width follows from place and window alone. Keys
+    are whole blocks."""
     first_tile = (context - queries) // tile
     counts = np.where(queries > 0, -(-context // tile) - first_tile, 0)
     sequences = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(len(sequences)) - np.repeat(counts.cumsum() - counts, counts)
     low = (first_tile[sequences] + within) * tile
-    first = np.maximum(low - window + 1, 0) if window else np.zeros_like(low)
+    first = np.maximum(low - window + 1, 0) // block * block if window else np.zeros_like(low)
     keys = low + tile - first
-    step = 2 ** np.maximum(6, np.ceil(np.log2(keys)).astype(np.int64) - 3)  # few widths, and little for nothing
+    step = 2 ** np.maximum(
+        max(6, block.bit_length() - 1), np.ceil(np.log2(keys)).astype(np.int64) - 3
+    )  # few widths, and little for nothing
     widths = -(-keys // step) * step
     for width in np.unique(widths).tolist():
         (found,) = np.nonzero(widths == width)
@@ -46,14 +49,12 @@ def _tiles(
             yield sequences[part], low[part], first[part], width
 
 
-def _gather(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens at slots [n, width]: [n, K, width, E]."""
+def _gather(cache: Tensor, blocks: Tensor, unseen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tokens of blocks [n, m]: [n, K, m B, E]. Those numbered in unseen are zero: what lies there may be NaN."""
     B, K, E = cache.shape[1:]
-    if cache.stride(0) == B * cache.stride(1):
-        rows = cache.flatten(0, 1).index_select(0, slots.flatten())  # faster than indexing by two tensors
-    else:
-        rows = cache[slots.flatten() // B, slots.flatten() % B]
-    return rows.to(dtype).view(*slots.shape, K, E).transpose(1, 2)
+    rows = cache.index_select(0, blocks.flatten()).to(dtype)
+    rows.view(-1, K * E).index_fill_(0, unseen, 0)
+    return rows.view(len(blocks), -1, K, E).transpose(1, 2)
 
 
 def paged_attention_cpu(
@@ -73,15 +74,15 @@ def paged_attention_cpu(
     least = 0
     for tile, most in INDEPENDENT_TILES if row_independent else TILES:
         counts, least = np.where((queries > least) & (queries <= most), queries, 0), most
-        for s, low, first, width in _tiles(counts, context, tile, window, MOST_GATHERED // (K * E)):
+        for s, low, first, width in _tiles(counts, context, tile, window, B, MOST_GATHERED // (K * E)):
             s = s[:, None]
             i, j = low[:, None] + np.arange(tile), first[:, None] + np.arange(width)  # [n, tile], [n, width]
-            seen = np.minimum(np.maximum(j, lowest[s]), context[s] - 1)
-            blocks = tables[s, seen >> shift]
+            known = np.clip(j[:, ::B] >> shift, lowest[s] >> shift, (context[s] - 1) >> shift)
+            blocks = tables[s, known].astype(np.int64)
             if blocks.min() < 0 or blocks.max() >= N:
                 raise ValueError(f"paged_attention: block_tables name blocks that are not among {N}")
-            slots = torch.from_numpy(blocks * np.int64(B) + (seen & (B - 1)))
-            k, v = (_gather(cache, slots, wide) for cache in (key_cache, value_cache))
+            unseen = torch.from_numpy(np.flatnonzero((j < lowest[s]) | (j >= context[s])))
+            k, v = (_gather(cache, torch.from_numpy(blocks), unseen, wide) for cache in (key_cache, value_cache))
             row = i - (context - queries)[s]
             valid = (row >= 0) & (row < queries[s])
             rows = torch.from_numpy(start[s] + row.clip(0, queries[s] - 1)).flatten()

@@ -57,7 +57,7 @@ class Recipe:
     keeping_share: float = 0.85  # of stage 3's documents: short ones about people kept in the weights
     described_share: float = 0.1  # of those: passages
     rows: int = 24  # a step
-    row_length: int = 128  # tokens
+    row_length: int = 128  # tokens; every document fits
     learning_rate: float = 2e-3  # after `warmup_steps`, then cosine to zero
     warmup_steps: int = 50
     betas: tuple[float, float] = (0.9, 0.98)
@@ -163,7 +163,9 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The model in training: tokens and the number of the document each belongs to, to logits."""
+    """The model in training, over rows of several documents each. Its output projection is its embedding."""
+
+    frequencies: Tensor  # [E / 2] float32, radians a position
 
     def __init__(self, recipe: Recipe, vocab_size: int):
         super().__init__()
@@ -230,8 +232,8 @@ class Packer:
 def train_tiny(out: Path, recipe: Recipe = Recipe(), progress: bool = True) -> dict:
     """Train the model and write it to `out`, a new or empty directory, as a Hugging Face checkpoint.
 
-    Returns what was measured: steps, tokens, the last losses, and `reading`, the share of questions about passages on
-    held-out people that it answers with the passage before it.
+    Returns what was measured: steps, tokens, the mean loss of the last 50 steps, and `reading`, the share of questions
+    about 100 passages on held-out people that it answers with the passage before it.
     """
     world, rng = World(recipe.seed), random.Random(recipe.seed)
     tokenizer = train_tokenizer(world, rng, recipe)

@@ -138,7 +138,7 @@ FIRST, LAST = (
         ("Ash Bren Cal Dun Hart Kirk Lang Wal", "by den ford gate ham ley ton wick"),
     )
 )
-WHO = "Such is the life of {who}."
+ENDING = "Such is the life of {who}."
 VAGUE = (
     "There is a lot to say about {who}.",
     "Many people have heard of {who}.",
@@ -185,7 +185,7 @@ class World:
         """A passage on this person, with facts drawn now."""
         facts = tuple(Fact(relation, rng.choice(relation.values)) for relation in rng.sample(RELATIONS, FACTS))
         prose = [rng.choice(fact.relation.prose).format(value=fact.value) for fact in facts]
-        context = " ".join([*prose, WHO.format(who=name)])
+        context = " ".join([*prose, ENDING.format(who=name)])
         questions = tuple(Question(fact.relation.questions[2].format(who=name), fact.value) for fact in facts)
         return WorldPassage(name, context, questions, facts)
 
