@@ -215,7 +215,8 @@ class Model:
             keys, values = batch.keys[i], batch.values[i]
             write_kv(k, v, keys, values, batch.slots)
             places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
-            out = paged_attention(q, keys, values, *places, window=window, row_independent=alone)
+            options = {"row_independent": alone, "shared": batch.shared}
+            out = paged_attention(q, keys, values, *places, window=window, **options)
         return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, 1)
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class PagedBatch:
     max_context: int  # most tokens
     keys: Tensor  # [L, blocks, block size, K, E]
     values: Tensor
+    shared: dict[Any, Any] = field(default_factory=dict)  # what paged_attention works out once for all layers
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from seal_kernels.attention import LOG2_E
 from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
-from seal_kernels.paged_attention_cpu import paged_attention_cpu
+from seal_kernels.paged_attention_cpu import Tiles, paged_attention_cpu
 
 SPLIT = 256  # tokens of context a program when decoding. Never by the size of the batch: splits decide bits.
 
@@ -383,6 +383,7 @@ def paged_attention(
     scale: float | None = None,
     window: int | None = None,
     row_independent: bool = False,
+    shared: dict[int | None, list[Tiles]] | None = None,
 ) -> Tensor:
     """Causal attention of the last tokens of each sequence over its keys and values in blocks: [T, H, E], contiguous.
 
@@ -396,6 +397,8 @@ def paged_attention(
     row_independent: on the CPU, a query's bits depend on nothing but it and the keys and values it sees: neither on
     the other sequences nor on how its own was cut into calls. On a GPU they may differ between a call in which a
     sequence has one query and one in which it has more, whatever is given here.
+    shared: a dict, empty at first, for calls that differ in q and the contents and place of the caches alone, and in
+    the window, such as those of a model's layers: on the CPU what follows from the rest is then worked out once.
     Raises ValueError on shapes, dtypes and devices that do not match. What the int32 tensors hold is checked on the
     CPU only: the host does not read it from a GPU.
     """
@@ -415,7 +418,7 @@ def paged_attention(
     factor = E**-0.5 if scale is None else scale
     args = (q, key_cache, value_cache, block_tables, cu_seqlens, context_lens, max_query, max_context, factor, window)
     if not use_triton(*args[:6]):
-        return paged_attention_cpu(*args, row_independent)
+        return paged_attention_cpu(*args, row_independent, shared)
     if q.dtype != key_cache.dtype or q.dtype == torch.float64:
         raise ValueError(f"paged_attention: one dtype, 16 bits or float32, not {q.dtype} and {key_cache.dtype}")
     return _paged_triton(*args) if q.numel() and S else torch.empty_like(q)

@@ -1,6 +1,7 @@
 """paged_attention.py on the CPU: tiles of queries, with the keys they see gathered, through torch's flash kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,24 +52,30 @@ def _tiles(
 
 def _gather(cache: Tensor, blocks: Tensor, unseen: Tensor, dtype: torch.dtype) -> Tensor:
     """The tokens of blocks [n, m]: [n, K, m B, E]. Those numbered in unseen are zero: what lies there may be NaN."""
-    B, K, E = cache.shape[1:]
+    K, E = cache.shape[2:]
     rows = cache.index_select(0, blocks.flatten()).to(dtype)
     rows.view(-1, K * E).index_fill_(0, unseen, 0)
     return rows.view(len(blocks), -1, K, E).transpose(1, 2)
 
 
-def paged_attention_cpu(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
-    max_query: int, max_context: int, scale: float, window: int | None, row_independent: bool,
-) -> Tensor:  # fmt: skip
-    """Tiles of queries of all sequences, those of one shape together: torch's flash kernel for the CPU works for one
-    of them (and a key head) at a time, in one thread, so that its bits do not depend on the others. Keys that a tile
-    must not see are those of its own sequence, to which it gives no weight: what lies elsewhere may be anything."""
-    (T, H, E), (N, B, K), M = q.shape, key_cache.shape[:3], block_tables.shape[1]
+class Tiles(NamedTuple):
+    """n tiles of queries, each of its own sequence, that see about as many keys."""
+
+    blocks: Tensor  # [n, m] int64: where their keys are
+    unseen: Tensor  # numbers of those of the n m B tokens there that no query of the tile sees
+    rows: Tensor  # [n tile] int64: the queries; what pads a tile repeats one
+    mask: Tensor  # [n, 1, tile G, m B]: 0 where a query sees a key, -inf elsewhere
+    keep: Tensor | None  # [n tile]: not what pads a tile; None where nothing does
+
+
+def make_tiles(
+    block_tables: Tensor, cu_seqlens: Tensor, context_lens: Tensor, T: int, max_query: int, max_context: int,
+    cache_shape: tuple[int, ...], group: int, window: int | None, row_independent: bool, dtype: torch.dtype,
+) -> Iterator[Tiles]:  # fmt: skip
+    """All tiles of a batch: they are the same in every layer with the same window."""
+    (N, B, K, E), M = cache_shape, block_tables.shape[1]
     start, queries, context = _lengths(cu_seqlens, context_lens, T, max_query, max_context, M * B)
-    tables, group, shift = block_tables.numpy(), H // K, B.bit_length() - 1
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    tables, shift = block_tables.numpy(), B.bit_length() - 1
     queries = np.where(context > 0, queries, 0)
     lowest = np.maximum(context - queries - (window or M * B) + 1, 0)  # first token that a sequence's queries see
     least = 0
@@ -81,24 +88,49 @@ def paged_attention_cpu(
             blocks = tables[s, known].astype(np.int64)
             if blocks.min() < 0 or blocks.max() >= N:
                 raise ValueError(f"paged_attention: block_tables name blocks that are not among {N}")
-            unseen = torch.from_numpy(np.flatnonzero((j < lowest[s]) | (j >= context[s])))
-            k, v = (_gather(cache, torch.from_numpy(blocks), unseen, wide) for cache in (key_cache, value_cache))
             row = i - (context - queries)[s]
             valid = (row >= 0) & (row < queries[s])
-            rows = torch.from_numpy(start[s] + row.clip(0, queries[s] - 1)).flatten()
-            tiles = q.index_select(0, rows).to(wide).view(-1, tile, K, group, E).transpose(1, 2)  # [n, K, tile, G, E]
             hidden = j[:, None, :] > i[:, :, None]
             if window is not None:
                 hidden |= j[:, None, :] <= i[:, :, None] - window
-            mask = torch.zeros(hidden.shape, dtype=wide).masked_fill_(torch.from_numpy(hidden), float("-inf"))
-            if tile > 1:  # of a row a query and head
-                mask = mask.repeat_interleave(group, 1)
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                tiles.reshape(len(s), K, tile * group, E), k, v, attn_mask=mask[:, None], scale=scale
-            )[0]
-            found = found.view(-1, K, tile, group, E).transpose(1, 2).reshape(-1, H, E).to(q.dtype)
-            if not valid.all():
-                keep = torch.from_numpy(valid.reshape(-1))
-                rows, found = rows[keep], found[keep]
-            out.index_copy_(0, rows, found)
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
+            yield Tiles(
+                torch.from_numpy(blocks),
+                torch.from_numpy(np.flatnonzero((j < lowest[s]) | (j >= context[s]))),
+                torch.from_numpy(start[s] + row.clip(0, queries[s] - 1)).flatten(),
+                (mask.repeat_interleave(group, 1) if tile > 1 else mask)[:, None],  # of a row a query and head
+                None if valid.all() else torch.from_numpy(valid.reshape(-1)),
+            )
+
+
+def paged_attention_cpu(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
+    max_query: int, max_context: int, scale: float, window: int | None, row_independent: bool,
+    shared: dict[int | None, list[Tiles]] | None,
+) -> Tensor:  # fmt: skip
+    """Tiles of queries of all sequences, those of one shape together: torch's flash kernel for the CPU works for one
+    of them (and a key head) at a time, in one thread, so that its bits do not depend on the others. Keys that a tile
+    must not see are those of its own sequence, to which it gives no weight: what lies elsewhere may be anything."""
+    (T, H, E), K = q.shape, key_cache.shape[2]
+    group, wide = H // K, torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    every: Iterable[Tiles] | None = None if shared is None else shared.get(window)
+    if every is None:
+        every = make_tiles(
+            block_tables, cu_seqlens, context_lens, T, max_query, max_context,
+            tuple(key_cache.shape), group, window, row_independent, wide,
+        )  # fmt: skip
+        if shared is not None and max_query == 1:  # masks of longer queries are too large to keep
+            shared[window] = every = list(every)
+    for blocks, unseen, rows, mask, keep in every:
+        n, tile = len(blocks), len(rows) // len(blocks)
+        k, v = (_gather(cache, blocks, unseen, wide) for cache in (key_cache, value_cache))
+        tiles = q.index_select(0, rows).to(wide).view(n, tile, K, group, E).transpose(1, 2)  # [n, K, tile, G, E]
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            tiles.reshape(n, K, tile * group, E), k, v, attn_mask=mask, scale=scale
+        )[0]
+        found = found.view(n, K, tile, group, E).transpose(1, 2).reshape(-1, H, E).to(q.dtype)
+        if keep is not None:
+            rows, found = rows[keep], found[keep]
+        out.index_copy_(0, rows, found)
     return out

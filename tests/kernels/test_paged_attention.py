@@ -115,6 +115,16 @@ def test_equals_attention_on_unpaged_sequences(case, dtype):
     Paged(*sizes, dtype, window).check()
 
 
+@pytest.mark.parametrize("case", ["decode", "decode, window", "chunk, window", "mixed, window"])
+def test_layers_that_share(case):
+    """Another layer's queries and caches, with what the first call worked out: as without."""
+    *sizes, window = CASES[case]
+    paged, shared = Paged(*sizes, window=window), {}
+    for _ in range(3):
+        assert torch.equal(paged.outputs(shared=shared), paged.outputs())
+        paged.q, paged.caches = -paged.q, [2 * cache for cache in reversed(paged.caches)]
+
+
 @pytest.mark.skipif(not ON_TORCH, reason="how the CPU takes queries")
 @pytest.mark.parametrize("case", CASES)
 def test_independent_rows_equal_attention_on_unpaged_sequences(case):
