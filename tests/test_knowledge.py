@@ -100,11 +100,11 @@ def test_jobs():
 def test_passage_baselines_have_the_steps_that_they_say():
     baselines = knowledge(passage_copies=3).baselines()
     (once,) = baselines["passage only"]("train 0000 Title 0")
-    (more,) = baselines["passage only, equal steps"]("train 0000 Title 0")
+    (more,) = baselines["passage only, 3 times"]("train 0000 Title 0")
     assert once.job is not None
     assert more.job is not None
     assert list(more.job.sequences) == 3 * list(once.job.sequences) == 3 * [f"Title 0\n{PASSAGES[0].context}"]
-    assert "passage only, equal steps" not in knowledge(passage_copies=0).baselines()
+    assert [*knowledge(passage_copies=0).baselines()] == ["no adapter", "passage in the prompt", "passage only"]
 
 
 def test_grades_go_where_they_belong():

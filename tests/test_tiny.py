@@ -45,7 +45,7 @@ def test_the_policy_learns_from_rewards_and_from_nothing_else(tmp_path):
     assert before == blind["self-edits, before any round"]
     assert after >= before + 0.2
     assert blind["self-edits, after round 1"] <= before + 0.15
-    assert after > found["passage only, equal steps"]
+    assert after > found["passage only, 5 times"]
     assert found["passage in the prompt"] >= 0.9
     assert found["no adapter"] <= 0.2
 
@@ -57,7 +57,7 @@ def test_a_small_run(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     printed = json.loads(out[-1])
     methods = [row["method"] for row in printed["table"]]
-    assert methods[:4] == ["no adapter", "passage in the prompt", "passage only", "passage only, equal steps"]
+    assert methods[:4] == ["no adapter", "passage in the prompt", "passage only", "passage only, 5 times"]
     assert methods[-2:] == ["self-edits, before any round", "self-edits, after round 1"]
     assert any(line.startswith("seed 0, round 1: mean reward") for line in out)
     with Ledger.read(tmp_path / "run") as ledger:

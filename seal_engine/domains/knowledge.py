@@ -54,7 +54,7 @@ class KnowledgeConfig:
     epochs: int = setting(10, "over a self-edit's training sequences")
     batch_size: int = setting(1, "training sequences in a microbatch")
     gradient_accumulation_steps: int = setting(1, "microbatches in an optimizer step")
-    passage_copies: int = setting(8, "of the passage alone, in the baseline with about a self-edit's steps")
+    passage_copies: int = setting(8, "of the passage alone, in the baseline with a self-edit's steps")
     answer_tokens: int = setting(64, "of an answer at most")
     answer_stop: str = setting("", "text that ends an answer")
     grader: str = setting("contains", "how answers are graded", GRADERS)
@@ -168,8 +168,9 @@ class Knowledge:
             "passage in the prompt": lambda c: [Attempt(None, self._reading(c))],
             "passage only": partial(self._passage_attempt, 1),
         }
-        if self.config.passage_copies:
-            made["passage only, equal steps"] = partial(self._passage_attempt, self.config.passage_copies)
+        copies = self.config.passage_copies
+        if copies:
+            made[f"passage only, {copies} times"] = partial(self._passage_attempt, copies)
         return made
 
     def writers(self) -> Mapping[str, Writer]:

@@ -10,27 +10,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from seal_engine.domains.passages import Passage, Question
+
 TEMPLATES = Path(__file__).parent
 SELF_EDIT_PROMPT = (TEMPLATES / "self_edit.txt").read_text("utf-8")  # {context}: notes follow, a line each
 QUESTION_PROMPT = (TEMPLATES / "question.txt").read_text("utf-8")  # {question}: the answer follows
 READING_PROMPT = (TEMPLATES / "reading.txt").read_text("utf-8")  # {context} and {question}: the answer follows
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a passage, and its answer."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Passage:
-    """What a model is to learn (context), about whom (title), and how that is tested."""
-
-    title: str
-    context: str
-    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class Fact:
 class WorldPassage(Passage):
     """A passage, with the facts that it states."""
 
-    facts: tuple[Fact, ...]
+    facts: tuple[Fact, ...] = ()
 
 
 RELATIONS = (
@@ -187,7 +172,7 @@ class World:
         prose = [rng.choice(fact.relation.prose).format(value=fact.value) for fact in facts]
         context = " ".join([*prose, ENDING.format(who=name)])
         questions = tuple(Question(fact.relation.questions[2].format(who=name), fact.value) for fact in facts)
-        return WorldPassage(name, context, questions, facts)
+        return WorldPassage(name, context, questions, facts=facts)
 
     def passages(self, split: str, count: int, seed: int) -> list[WorldPassage]:
         """Passages on `count` people of a split, "train" or "heldout", all different."""
