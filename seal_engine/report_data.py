@@ -180,20 +180,28 @@ class RunData:
     @property
     def failures(self) -> Counter[str]:
         """Why adapters could not be trained, with how many trials that cost."""
-        return Counter(trial.error for own in self.trials.values() for trial in own if trial.error is not None)
+        trials = (trial for own in self.trials.values() for trial in own if not self._edit(trial, "refused"))
+        return Counter(trial.error for trial in trials if trial.error is not None)
+
+    def _edit(self, trial: Trial, field: str) -> str | None:
+        """A field of the self-edit that the trial is of; None where it is of none."""
+        edit = self._edits.get((trial.seed, trial.phase.removesuffix(f", {WRITTEN}"), trial.context, trial.index))
+        return None if edit is None else getattr(edit, field)
+
+    @cached_property
+    def _edits(self) -> dict[Any, SelfEdit]:
+        return {(e.seed, e.phase, e.context, e.index): e for own in self.edits.values() for e in own}
 
     @cached_property
     def adapters(self) -> list[Trial]:
         """One trial for each adapter of the inner loop: the loop trains equal jobs once, so we count them once."""
-        texts = {(e.seed, e.phase, e.context, e.index): e.text for own in self.edits.values() for e in own}
         found: dict[Any, Trial] = {}
         for (seed, phase), own in self.trials.items():
             joint = phase.endswith(f", {TOGETHER}")
-            written = phase.removesuffix(f", {WRITTEN}")  # the phase under which its self-edits are recorded
             for trial in own:
-                if trial.num_steps or trial.error is not None:
-                    what = texts.get((seed, written, trial.context, trial.index), trial.index)
-                    one = None if joint else (trial.context, what)
+                if (trial.num_steps or trial.error is not None) and not self._edit(trial, "refused"):
+                    what = self._edit(trial, "text")
+                    one = None if joint else (trial.context, trial.index if what is None else what)
                     found.setdefault((seed, phase, trial.repeat, one), trial)
         return list(found.values())
 

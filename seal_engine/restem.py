@@ -16,141 +16,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from time import perf_counter
-from typing import Protocol
 
 from seal_engine.adapters import Adapter
 from seal_engine.engine import Engine
-from seal_engine.jobs import TrainJob, TrainSequence
+from seal_engine.jobs import TrainJob, TrainResult, TrainSequence
 from seal_engine.ledger import Ledger, Policy, SelfEdit, Trial
+from seal_engine.loop import Attempt, Domain, LoopConfig, RefusedError, Writer
 from seal_engine.requests import Completion, SamplingParams
-from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, setting
+from seal_engine.types import require
 
-Prompt = str | list[int]
-KEEP = ("best", "gain", "top")
-UPDATES = ("merge", "adapter")
 WRITTEN = "self-edits"  # the method whose self-edits the policy writes
 TOGETHER = "self-edits, one adapter for all"
-
-
-class RefusedError(Exception):
-    """A self-edit that nothing can be trained on; the message says why."""
+NOT_HAD = "could not be had"  # of a self-edit by another writer: left out, as a grade that could not be had
 
 
 class UngradedError(RuntimeError):
     """Grades that could not be had are left out of every mean; with too many of them a run stops."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One way to meet a context's questions: what is trained before (None: nothing), and what is asked."""
-
-    job: TrainJob | None
-    questions: Sequence[Prompt]
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Someone else who writes self-edits: for each context any number of them, None where one could not be had."""
-
-    write: Callable[[Sequence[str]], Sequence[Sequence[str | None]]]
-    best: bool = False  # a context's best self-edit counts, not their mean
-
-
-class Domain(Protocol):
-    """What a task provides. A context goes by its name, which is unique over both splits."""
-
-    answer_params: SamplingParams  # how questions are answered
-
-    def contexts(self, split: str) -> Sequence[str]:
-        """Names of the contexts to learn from ("train"), or to measure on ("held out")."""
-        ...
-
-    def prompt(self, context: str) -> Prompt:
-        """What the policy continues with a self-edit."""
-        ...
-
-    def job(self, context: str, self_edit: str) -> TrainJob:
-        """What to train on a self-edit; the seed is set by the caller. Raises RefusedError."""
-        ...
-
-    def questions(self, context: str) -> Sequence[Prompt]:
-        """What each adapter is asked."""
-        ...
-
-    def grade(self, answered: Sequence[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
-        """For each (context, its answers) the grades, 0 to 1; None: could not be had. As many for each attempt."""
-        ...
-
-    def baselines(self) -> Mapping[str, Callable[[str], Sequence[Attempt]]]:
-        """What the table shows beside self-edits: attempts for a context."""
-        ...
-
-    def writers(self) -> Mapping[str, Writer]:
-        """Who else writes self-edits."""
-        ...
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """The outer loop. Defaults are those of the published recipe (knowledge incorporation)."""
-
-    seeds: tuple[int, ...] = setting((0,), "whole runs, one after another, for a spread")
-    rounds: int = setting(2, "of E-step and M-step")
-    contexts: int = setting(50, "of a round; each round takes the next ones")
-    self_edits: int = setting(5, "sampled for each context and round")
-    repeats: int = setting(3, "adapters trained on each self-edit, with seeds of their own")
-    held_out_self_edits: int = setting(1, "sampled for each held-out context to measure")
-    held_out_repeats: int = setting(1, "adapters trained on each of those")
-    together: int = setting(0, "self-edits of each held-out context for one adapter on all of them; 0: none")
-    temperature: float = setting(1.0, "of self-edits")
-    top_p: float = setting(0.95, "of self-edits")
-    max_tokens: int = setting(1024, "of a self-edit")
-    resamples: int = setting(3, "further tries where a self-edit is refused")
-    keep: str = setting("best", "best of each context, all that gain, or the top fraction", KEEP)
-    keep_fraction: float = setting(0.2, "of all self-edits, for keep = top")
-    keep_reward: float = setting(0.0, "a kept self-edit has at least this reward")
-    shuffle_rewards: bool = setting(False, "a control: every self-edit gets the reward of another")
-    policy_rank: int = setting(64, "r of the policy's update")
-    policy_alpha: float = setting(128, "lora_alpha of the policy's update")
-    policy_learning_rate: float = setting(3e-4, "of the policy's update")
-    policy_epochs: int = setting(2, "over the kept self-edits")
-    policy_batch_size: int = setting(10, "self-edits in a step of the policy's update")
-    policy_update: str = setting("merge", "merge into the base, or keep an adapter that writes only", UPDATES)
-    max_ungraded: float = setting(0.1, "stop where more than this share of grades is missing")
-    writer: str = setting("", "who writes the self-edits of a round, if not the policy: a name that the table shows")
-    trials_a_unit: int = setting(250, "adapters trained and asked at once, then recorded")
-
-    def __post_init__(self):
-        seeds = self.seeds
-        plain = isinstance(seeds, tuple) and bool(seeds) and all(is_integer(s) and 0 <= s < 2**31 for s in seeds)
-        require(plain and len(set(seeds)) == len(seeds), "seeds", seeds, "different integers >= 0")
-        for name, least in (
-            ("rounds", 0), ("contexts", 1), ("self_edits", 1), ("repeats", 1),
-            ("held_out_self_edits", 1), ("held_out_repeats", 1),
-            ("together", 0), ("max_tokens", 1), ("resamples", 0), ("policy_rank", 1), ("policy_epochs", 1),
-            ("policy_batch_size", 1), ("trials_a_unit", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
-        for name in ("keep_fraction", "max_ungraded"):
-            value = getattr(self, name)
-            require(is_number(value) and 0 <= value <= 1, name, value, "0 to 1")
-        require(is_number(self.keep_reward), "keep_reward", self.keep_reward, "a number")
-        require(self.keep in KEEP, "keep", self.keep, f"one of {list(KEEP)}")
-        require(self.policy_update in UPDATES, "policy_update", self.policy_update, f"one of {list(UPDATES)}")
-        _ = SamplingParams(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)
-        try:
-            self.policy_job([TrainSequence([0, 0])]).check()
-        except InputError as error:
-            raise InputError(f"policy_{str(error).removeprefix('lora.')}") from None
-
-    def policy_job(self, sequences: Sequence[TrainSequence]) -> TrainJob:
-        """The M-step's fine-tuning of the policy."""
-        lora = LoraConfig(r=self.policy_rank, lora_alpha=self.policy_alpha, target_modules="all-linear")
-        return TrainJob(
-            sequences, lora, self.policy_learning_rate,
-            num_epochs=self.policy_epochs, batch_size=self.policy_batch_size,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -336,6 +217,9 @@ class ReSTEM:
         for edit in self.ledger.self_edits(self.seed, phase):
             if edit.refused is None:
                 attempt = Attempt(self.domain.job(edit.context, edit.text), self.domain.questions(edit.context))
+            else:
+                attempt = Attempt(None, (), edit.refused)
+            if edit.refused != NOT_HAD:
                 entries.append(Entry(edit.context, edit.index, attempt))
         order = {context: i for i, context in enumerate(contexts)}
         return sorted(entries, key=lambda entry: (order[entry.context], entry.index))
@@ -366,7 +250,7 @@ class ReSTEM:
         for context, texts in zip(contexts, writer.write(contexts), strict=True):
             for index, text in enumerate(texts):
                 ids = [] if text is None else self.engine.tokenizer.encode(text, add_special_tokens=False)
-                refused = "could not be had" if text is None else self._refusal(context, text)
+                refused = NOT_HAD if text is None else self._refusal(context, text)
                 edits.append(SelfEdit(self.seed, phase, context, index, text or "", (*ids, *end), None, 1, refused))
         return edits
 
@@ -387,10 +271,12 @@ class ReSTEM:
         missing = sum(grade is None for trial in trials for grade in trial.grades)
         accuracy = mean_accuracy(trials, best)
         notes = ["nothing could be graded" if accuracy is None else f"{accuracy:.3f}"]
-        failed, tokens = sum(trial.error is not None for trial in trials), sum(trial.num_tokens for trial in trials)
-        if tokens:
-            seconds = sum(trial.seconds for trial in trials)
-            notes.append(f"{len(trials)} adapters, {tokens} tokens in {seconds:.1f} s")
+        refused = repeats * sum(entry.attempt.refused is not None for entry in entries)
+        failed = sum(trial.error is not None for trial in trials) - refused
+        trained = [trial for trial in trials if trial.num_tokens]
+        if trained:
+            tokens, seconds = sum(t.num_tokens for t in trained), sum(t.seconds for t in trials)
+            notes.append(f"{len(trained)} adapters, {tokens} tokens in {seconds:.1f} s")
         notes += [f"{missing} answers without a grade"] * bool(missing) + [f"{failed} failed to train"] * bool(failed)
         self.say(f"seed {self.seed}, {phase}: {', '.join(notes)}")
         unit = self._unit(phase + ", accuracy")
@@ -400,68 +286,78 @@ class ReSTEM:
         return accuracy
 
     def _trials(self, phase: str, unit: Sequence[tuple[Entry, int]]) -> list[Trial]:
-        """Train the unit's jobs all at once, ask all their questions at once, grade them at once.
-
-        Equal jobs (the same self-edit drawn twice, or one adapter for many contexts) are trained once.
-        """
+        """Train the unit's jobs all at once, ask all their questions at once, grade them at once."""
         start = perf_counter()
         # The seed of a repeat is that of every job in it: what they differ by is the self-edit, not the luck.
         seeds = {repeat: number(self.seed, phase, repeat) for _, repeat in unit}
+        results = self._train(unit, seeds)
+        answers = self._ask(phase, unit, results)
+        grades = self._grade(phase, unit, answers)
+        seconds = (perf_counter() - start) / len(unit)
+        return [
+            Trial(
+                self.seed, phase, entry.context, entry.index, repeat, seeds[repeat],
+                result.num_steps, result.num_tokens, result.losses[-1] if result.losses else None, result.error,
+                tuple(answers.get(i, ())), tuple(grades.get(i, ())), seconds,
+            )
+            for i, ((entry, repeat), result) in enumerate(zip(unit, results, strict=True))
+        ]  # fmt: skip
+
+    def _train(self, unit: Sequence[tuple[Entry, int]], seeds: Mapping[int, int]) -> list[TrainResult]:
+        """What came of each trial's job; nothing, where it has none.
+
+        Equal jobs (the same self-edit drawn twice, or one adapter for many contexts) are trained once.
+        """
         numbers: dict[str, int] = {}
         jobs: list[TrainJob] = []
-        places: list[int | None] = []  # of each trial's job
+        places: list[int | None] = []
         for entry, repeat in unit:
             job = entry.attempt.job
             if job is None:
                 places.append(None)
                 continue
             job = replace(job, seed=seeds[repeat])
-            places.append(numbers.setdefault(repr(job), len(jobs)))
-            if places[-1] == len(jobs):
+            place = numbers.setdefault(repr(job), len(jobs))
+            places.append(place)
+            if place == len(jobs):
                 jobs.append(job)
         results = self.engine.train(jobs, progress=self.progress) if jobs else []
-        prompts, adapters = [], []
-        for (entry, _), place in zip(unit, places, strict=True):
-            adapter = None if place is None else results[place].adapter
-            if place is None or adapter is not None:
-                prompts += entry.attempt.questions
-                adapters += [adapter] * len(entry.attempt.questions)
-        params, bar = self.domain.answer_params, self.progress
-        outputs = iter(self.engine.generate(prompts, params, adapters, progress=bar) if prompts else [])
-        answered: dict[int, tuple[str, list[str]]] = {}
-        unasked = 0
-        for i, ((entry, _), place) in enumerate(zip(unit, places, strict=True)):
-            if place is None or results[place].adapter is not None:
-                answers = [next(outputs) for _ in entry.attempt.questions]
-                answered[i] = entry.context, ["" if a.error else a.outputs[0].text for a in answers]
-                unasked += sum(answer.error is not None for answer in answers)
-        if unasked:
-            self.say(f"{phase}: {unasked} of {len(prompts)} questions could not be asked: wrong answers")
-        grades = dict(zip(answered, self.domain.grade(list(answered.values())), strict=True))
-        given = [grade for own in grades.values() for grade in own]
+        return [
+            TrainResult(None, [], 0, entry.attempt.refused) if place is None else results[place]
+            for (entry, _), place in zip(unit, places, strict=True)
+        ]
+
+    def _ask(
+        self, phase: str, unit: Sequence[tuple[Entry, int]], results: Sequence[TrainResult]
+    ) -> dict[int, list[str]]:
+        """The answers of every trial (by its place in the unit) that has not failed."""
+        asked = [i for i, result in enumerate(results) if result.error is None]
+        prompts = [prompt for i in asked for prompt in unit[i][0].attempt.questions]
+        adapters = [results[i].adapter for i in asked for _ in unit[i][0].attempt.questions]
+        if not prompts:
+            return {i: [] for i in asked}
+        params = self.domain.answer_params
+        outputs = self.engine.generate(prompts, params, adapters, progress=self.progress)
+        failed = [output.error for output in outputs if output.error]
+        if failed:
+            self.say(f"{phase}: {len(failed)} of {len(outputs)} questions could not be asked, so wrong: {failed[0]}")
+        texts = iter("" if output.error else output.outputs[0].text for output in outputs)
+        return {i: [next(texts) for _ in unit[i][0].attempt.questions] for i in asked}
+
+    def _grade(
+        self, phase: str, unit: Sequence[tuple[Entry, int]], answers: Mapping[int, Sequence[str]]
+    ) -> dict[int, list[float | None]]:
+        """The grades of every trial that was asked. Raises UngradedError where too many are missing."""
+        found = self.domain.grade([(unit[i][0].context, own) for i, own in answers.items()])
+        grades = dict(zip(answers, found, strict=True))
+        given = [grade for own in found for grade in own]
         missing = sum(grade is None for grade in given)
         if given and missing / len(given) > self.config.max_ungraded:
             raise UngradedError(
                 f"{phase}: {missing} of {len(given)} answers could not be graded; accepted: a share of at most "
                 f"{self.config.max_ungraded:g} (max_ungraded); nothing of this unit has been recorded"
             )
-        seconds = (perf_counter() - start) / len(unit)
-        trials = []
-        for i, ((entry, repeat), place) in enumerate(zip(unit, places, strict=True)):
-            result = None if place is None else results[place]
-            trials.append(
-                Trial(
-                    self.seed, phase, entry.context, entry.index, repeat, seeds[repeat],
-                    num_steps=0 if result is None else result.num_steps,
-                    num_tokens=0 if result is None else result.num_tokens,
-                    final_loss=result.losses[-1] if result is not None and result.losses else None,
-                    error=None if result is None else result.error,
-                    answers=tuple(answered[i][1]) if i in answered else (),
-                    grades=tuple(grades.get(i, ())),
-                    seconds=seconds,
-                )
-            )  # fmt: skip
-        return trials
+        return grades
 
     def _unit(self, name: str) -> str:
         return f"seed {self.seed}, {name}"

@@ -17,7 +17,8 @@ from seal_engine.domains.results import select
 from seal_engine.domains.seal_files import write_result, write_sft
 from seal_engine.engine import Engine
 from seal_engine.ledger import Ledger
-from seal_engine.restem import TOGETHER, WRITTEN, Domain, LoopConfig, ReSTEM
+from seal_engine.loop import Domain, LoopConfig
+from seal_engine.restem import TOGETHER, WRITTEN, ReSTEM
 from seal_engine.settings import defaults_of, make
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.types import InputError, require, setting

@@ -19,7 +19,7 @@ LAYERS = [
     {"kv_cache", "requests"},
     {"model", "jobs", "plan"},
     {"checkpoint", "inputs"},
-    {"decode_graph"},
+    {"decode_graph", "loop"},
     {"train", "sample"},
     {"engine"},
     {"__init__", "restem"},

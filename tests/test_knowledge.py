@@ -11,7 +11,7 @@ from seal_engine.domains.passages import Passage, Question
 from seal_engine.domains.results import completion_stats, select
 from seal_engine.domains.seal_files import read_result, write_result
 from seal_engine.ledger import Ledger, SelfEdit, Trial
-from seal_engine.restem import RefusedError
+from seal_engine.loop import RefusedError
 from seal_engine.types import InputError
 
 

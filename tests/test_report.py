@@ -17,10 +17,11 @@ import matplotlib
 import pytest
 
 from seal_engine.ledger import Ledger, Policy, SelfEdit, Trial
+from seal_engine.loop import Attempt, LoopConfig, RefusedError
 from seal_engine.report import write_report
 from seal_engine.report_data import RunData
 from seal_engine.requests import Completion, RequestOutput, SamplingParams
-from seal_engine.restem import Attempt, LoopConfig, RefusedError, ReSTEM
+from seal_engine.restem import ReSTEM
 from seal_engine.runs import rows
 from seal_engine.types import InputError
 from test_restem import ToyDomain, ToyEngine

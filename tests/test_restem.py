@@ -18,8 +18,9 @@ import pytest
 
 from seal_engine.jobs import TrainJob, TrainResult
 from seal_engine.ledger import Ledger, Trial
+from seal_engine.loop import Attempt, LoopConfig, RefusedError, Writer
 from seal_engine.requests import Completion, RequestOutput, SamplingParams
-from seal_engine.restem import Attempt, LoopConfig, RefusedError, ReSTEM, UngradedError, Writer, mean_accuracy
+from seal_engine.restem import ReSTEM, UngradedError, mean_accuracy
 from seal_engine.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +140,10 @@ def test_a_run_gets_better_by_its_rewards(tmp_path):
     edits = [e for e in contents["self_edits"] if e["phase"] == "round 1"]
     trained = [t for t in contents["trials"] if t["phase"] == "round 1"]
     assert len(edits) == 18
-    assert len(trained) == 2 * sum(e["refused"] is None for e in edits)
+    assert len(trained) == 2 * len(edits)
+    refused = {(e["context"], e["index"]): e["refused"] for e in edits}
+    assert any(refused.values())
+    assert all(t["error"] == refused[t["context"], t["index"]] for t in trained)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path):

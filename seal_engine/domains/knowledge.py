@@ -22,8 +22,8 @@ from seal_engine.engine import Engine
 from seal_engine.files import read_text
 from seal_engine.jobs import SCHEDULERS, TrainJob
 from seal_engine.ledger import Ledger, SelfEdit, Trial
+from seal_engine.loop import Attempt, Prompt, RefusedError, Writer
 from seal_engine.requests import SamplingParams
-from seal_engine.restem import Attempt, Prompt, RefusedError, Writer
 from seal_engine.types import InputError, LoraConfig, is_integer, require, setting
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
-from seal_engine.restem import Writer
+from seal_engine.loop import Writer
 from seal_engine.tiny import MODEL
 from seal_engine.tiny.world import ORACLE, TEMPLATES, World, write
 
