@@ -3,7 +3,6 @@
 Sequences go through the model packed end to end, up to a token budget at a time.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import count, groupby
@@ -17,7 +16,8 @@ from tqdm import tqdm
 
 from seal_engine.adapters import Adapter, LoraBatch, adapter_layout
 from seal_engine.checkpoint import load_model, reload_model, save_model
-from seal_engine.config import DTYPES, ModelConfig
+from seal_engine.config import ModelConfig
+from seal_engine.devices import free_memory, parse_device, parse_dtype, parse_path, total_memory
 from seal_engine.files import show
 from seal_engine.inputs import Inputs
 from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult
@@ -72,8 +72,10 @@ class Engine:
         only to float32 rounding.
         Raises InputError (a ValueError) naming the file and field for anything that cannot be loaded.
         """
-        directory = _path(path)
-        engine = Engine(load_model(directory, _dtype(dtype), _device(device)), directory, deterministic=deterministic)
+        directory = parse_path(path)
+        engine = Engine(
+            load_model(directory, parse_dtype(dtype), parse_device(device)), directory, deterministic=deterministic
+        )
         if (directory / "tokenizer.json").exists():
             _ = engine.tokenizer  # a broken tokenizer is refused now; a missing one when text is first used
         return engine
@@ -130,7 +132,7 @@ class Engine:
 
     def load_adapter(self, directory: str | Path) -> Adapter:
         """Read an adapter in PEFT's format (`Adapter.save` writes it). Raises InputError naming the file and field."""
-        return Adapter.load(_path(directory), self.config, self.model.device)
+        return Adapter.load(parse_path(directory), self.config, self.model.device)
 
     @torch.no_grad()
     def merge(self, adapter: Adapter) -> None:
@@ -209,14 +211,7 @@ class Engine:
             raise InputError(f"jobs: found {show(jobs)}; accepted: a list of TrainJob")
         trainer = self.trainer(callback=callback, **options)
         ids = [trainer.submit(job) for job in jobs]
-        with tqdm(total=len(jobs), unit="job", desc="Training", delay=1.0, leave=False, disable=not progress) as bar:
-            start = perf_counter()
-            while trainer.busy:
-                trainer.step()
-                bar.n = trainer.num_done
-                rate = trainer.tokens_done / (perf_counter() - start)
-                bar.set_postfix_str(f"{trainer.num_resident} resident, {rate:,.0f} tokens/s", refresh=False)
-                bar.update(0)
+        _run_to_end(trainer, len(jobs), "job", "Training", progress)
         return [trainer.result(job_id) for job_id in ids]
 
     @property
@@ -267,14 +262,7 @@ class Engine:
         has an error. progress: a bar over prompts and tokens, if it takes over a second. options: as of `sampler`.
         """
         sampler, ids = self._submit(prompts, params, adapters, options)
-        with tqdm(total=len(ids), unit="prompt", desc="Sampling", delay=1.0, leave=False, disable=not progress) as bar:
-            start = perf_counter()
-            while sampler.busy:
-                sampler.step()
-                bar.n = sampler.num_done
-                rate = sampler.tokens_sampled / (perf_counter() - start)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(0)
+        _run_to_end(sampler, len(ids), "prompt", "Sampling", progress)
         return [sampler.output(request_id) for request_id in ids]
 
     def stream(
@@ -336,7 +324,7 @@ class Engine:
 
         directory must be new or empty (InputError); it appears complete or not at all.
         """
-        save_model(self.model, _path(directory), self.directory)
+        save_model(self.model, parse_path(directory), self.directory)
 
     def _plan_budget(self) -> int:
         return CPU_TOKEN_BUDGET if self.model.device.type == "cpu" else TOKEN_BUDGET
@@ -361,6 +349,18 @@ class Engine:
             yield members, batch, LoraBatch.make([adapters[segment[0]] for segment in segments], tokens)
 
 
+def _run_to_end(worker: Trainer | Sampler, count: int, unit: str, title: str, progress: bool) -> None:
+    """Step until all is done, under a bar if that takes over a second."""
+    with tqdm(total=count, unit=unit, desc=title, delay=1.0, leave=False, disable=not progress) as bar:
+        start = perf_counter()
+        while worker.busy:
+            worker.step()
+            bar.n = worker.num_done
+            rate = worker.tokens_done / (perf_counter() - start)
+            bar.set_postfix_str(f"{worker.num_resident} resident, {rate:,.0f} tokens/s", refresh=False)
+            bar.update(0)
+
+
 def _for_each(given: Any, count: int, kind: Any, name: str, accepted: str) -> Sequence[Any]:
     """One for each of `count`: a list of that many, or one for all."""
     if isinstance(given, kind):
@@ -371,56 +371,3 @@ def _for_each(given: Any, count: int, kind: Any, name: str, accepted: str) -> Se
         if not isinstance(one, kind):
             raise InputError(f"{name}[{i}]: found {show(one)}; accepted: {accepted}")
     return given
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return total_memory(device) // 2  # no such file on this system
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _path(path: str | Path) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        raise InputError(f"path: found {show(path)}; accepted: a str or a Path") from None
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        made = torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        made = None
-    if made is None or made.type not in ("cpu", "cuda"):
-        raise InputError(f"device: found {show(device)}; accepted: 'auto', 'cpu', 'cuda', 'cuda:0', ...")
-    if made.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not 0 <= (made.index or 0) < count:  # torch takes an index modulo 256, so it may be negative
-            raise InputError(f"device: found {show(device)}; accepted: 'auto', 'cpu' (CUDA devices here: {count})")
-        made = torch.device("cuda", torch.cuda.current_device() if made.index is None else made.index)
-    return made
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if dtype == "auto":
-        return None
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype in DTYPES.values():
-        return dtype  # pyright: ignore[reportReturnType]
-    raise InputError(f"dtype: found {show(dtype)}; accepted: 'auto' or one of {sorted(DTYPES)}")

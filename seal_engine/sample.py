@@ -134,7 +134,7 @@ class Sampler:
         self.seeds = seeds
         self.max_rows = max_rows
         self.stream = stream
-        self.tokens_sampled = 0
+        self.tokens_done = 0  # sampled
         self.tokens_computed = 0
         self.num_done = 0  # requests
         self.graphs = DecodeGraphs(model) if model.device.type == "cuda" else None
@@ -201,6 +201,11 @@ class Sampler:
     def busy(self) -> bool:
         """True while a request is not done."""
         return bool(self._waiting or self._running)
+
+    @property
+    def num_resident(self) -> int:
+        """Completions that are being worked on."""
+        return len(self._running)
 
     def poll(self, request_id: int) -> RequestOutput | None:
         """The request's output, or None while it is not done. Raises InputError for an id that was never given out."""
@@ -453,7 +458,7 @@ class Sampler:
             if row.completion.top_logprobs is not None:
                 row.completion.top_logprobs.append(top[i])
             deltas.append(self._take(row, token))
-        self.tokens_sampled += sum(len(delta.token_ids) for delta in deltas)
+        self.tokens_done += sum(len(delta.token_ids) for delta in deltas)
         return deltas
 
     def _top_logprobs(self, logits: Tensor, rows: list[_Row]) -> dict[int, dict[int, float]]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"types"},
     {"files"},
     {"config", "chat_template", "settings", "ledger"},
-    {"tokenizer", "adapters"},
+    {"tokenizer", "adapters", "devices"},
     {"kv_cache", "requests"},
     {"model", "jobs", "plan"},
     {"checkpoint", "inputs"},

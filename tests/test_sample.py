@@ -484,7 +484,7 @@ def test_samples_share_their_prompt(exact):
         made = sampler(exact, max_rows=max_rows)
         assert run(made, requests) == wanted
         assert made.tokens_computed == expected
-        assert made.tokens_sampled == 80
+        assert made.tokens_done == 80
     made = sampler(exact, num_blocks=7 + 7)  # the prompt's, and a copy of its last block for every other sample
     assert run(made, requests) == wanted
     assert made.tokens_computed == 100 + 8 * 9, "nothing was preempted"
