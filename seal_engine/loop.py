@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from seal_engine.jobs import TrainJob, TrainSequence
+from seal_engine.jobs import SCHEDULERS, TrainJob, TrainSequence
 from seal_engine.requests import SamplingParams
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, setting
 
@@ -14,7 +14,11 @@ UPDATES = ("merge", "adapter")
 
 
 class RefusedError(Exception):
-    """A self-edit that nothing can be trained on; the message says why."""
+    """A self-edit that nothing can be trained on; the message says why. final: it is not drawn again."""
+
+    def __init__(self, reason: str, final: bool = False):
+        super().__init__(reason)
+        self.final = final
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class LoopConfig:
     policy_rank: int = setting(64, "r of the policy's update")
     policy_alpha: float = setting(128, "lora_alpha of the policy's update")
     policy_learning_rate: float = setting(3e-4, "of the policy's update")
+    policy_lr_scheduler: str = setting("linear", "of the policy's update", SCHEDULERS)
     policy_epochs: int = setting(2, "over the kept self-edits")
     policy_batch_size: int = setting(10, "self-edits in a step of the policy's update")
     policy_update: str = setting("merge", "merge into the base, or keep an adapter that writes only", UPDATES)
@@ -126,6 +131,6 @@ class LoopConfig:
         """The M-step's fine-tuning of the policy."""
         lora = LoraConfig(r=self.policy_rank, lora_alpha=self.policy_alpha, target_modules="all-linear")
         return TrainJob(
-            sequences, lora, self.policy_learning_rate,
+            sequences, lora, self.policy_learning_rate, self.policy_lr_scheduler,
             num_epochs=self.policy_epochs, batch_size=self.policy_batch_size,
         )  # fmt: skip

@@ -236,13 +236,15 @@ class ReSTEM:
             prompts = [self.domain.prompt(context) for context, _ in due]
             own = [replace(params, seed=seed) for seed in seeds]
             outputs = self.engine.generate(prompts, own, self.policy, progress=self.progress)
+            again = []
             for (context, index), seed, output in zip(due, seeds, outputs, strict=True):
                 sample = output.outputs[0] if output.outputs else Completion(index)
+                refused, final = (output.error, True) if output.error else self._refusal(context, sample.text)
                 done[context, index] = SelfEdit(
-                    self.seed, phase, context, index, sample.text, tuple(sample.token_ids), seed, attempt,
-                    refused=output.error or self._refusal(context, sample.text),
-                )  # fmt: skip
-            due = [key for key in due if done[key].refused is not None]
+                    self.seed, phase, context, index, sample.text, tuple(sample.token_ids), seed, attempt, refused
+                )
+                again += [] if final else [(context, index)]
+            due = again
         return list(done.values())
 
     def _given(self, phase: str, contexts: Sequence[str], writer: Writer) -> list[SelfEdit]:
@@ -250,16 +252,17 @@ class ReSTEM:
         for context, texts in zip(contexts, writer.write(contexts), strict=True):
             for index, text in enumerate(texts):
                 ids = [] if text is None else self.engine.tokenizer.encode(text, add_special_tokens=False)
-                refused = NOT_HAD if text is None else self._refusal(context, text)
+                refused = NOT_HAD if text is None else self._refusal(context, text)[0]
                 edits.append(SelfEdit(self.seed, phase, context, index, text or "", (*ids, *end), None, 1, refused))
         return edits
 
-    def _refusal(self, context: str, text: str) -> str | None:
+    def _refusal(self, context: str, text: str) -> tuple[str | None, bool]:
+        """Why nothing can be trained on a self-edit, None if something can; and whether that is the last word."""
         try:
             self.domain.job(context, text)
         except RefusedError as error:
-            return str(error)
-        return None
+            return str(error), error.final
+        return None, True
 
     def measure(self, phase: str, entries: Sequence[Entry], repeats: int, best: bool = False) -> float | None:
         """Train, ask and grade all entries, `repeats` times each; the mean accuracy over contexts."""

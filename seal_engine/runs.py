@@ -6,12 +6,14 @@ and what the task writes when it is done.
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from seal_engine.domains.few_shot import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
 from seal_engine.domains.results import select
 from seal_engine.domains.seal_files import write_result, write_sft
@@ -24,8 +26,11 @@ from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.types import InputError, require, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FILES = ("data", "held_out_data", "prompt_template", "question_template", "reading_template", "grade_template",
-         "self_edits_file")  # fmt: skip
+FILES = (
+    "data", "held_out_data", "prompt_template", "question_template", "reading_template", "grade_template",
+    "self_edits_file", "challenges", "solutions", "held_out_challenges", "held_out_solutions",
+    "few_shot_prompt_template", "example_template", "grid_template", "directive_template",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
 
 TASKS = {
     "knowledge": Task(KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them"),
+    "few-shot": Task(
+        FewShotConfig, FewShot, lambda domain, ledger: None, PUBLISHED,
+        "learn to solve puzzles (ARC): self-edits choose augmentations and hyper-parameters",
+    ),
     "miniature": Task(
         KnowledgeConfig, make_miniature, write_seal_files, MINIATURE,
         "the same with the shipped model, in a small world of invented people",
@@ -93,6 +102,8 @@ def start(
     known = {name for kind in kinds for name in defaults_of(kind)}
     for name in values:
         require(name in known, name, values[name], f"one of {sorted(known)}")
+    # Absolute, so that the run can be resumed from another directory.
+    values |= {name: os.path.abspath(values[name]) for name in ("model", *FILES) if values.get(name)}
     engine_config, loop, own = (make(kind, values) for kind in kinds)
     files = {name: _digest(values[name]) for name in FILES if values.get(name)}
     settings = asdict(engine_config) | asdict(loop) | asdict(own)
@@ -116,9 +127,12 @@ def resume(directory: str | Path, say: Callable[[str], None] = print, progress: 
 
 
 def _digest(path: str) -> str:
-    """sha256 of a file that the run reads: the run cannot go on with another."""
+    """sha256 of a file, or of a directory's, that the run reads: the run cannot go on with another."""
+    digest, place = hashlib.sha256(), Path(path)
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 

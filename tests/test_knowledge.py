@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig, fill
+from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
 from seal_engine.domains.passages import Passage, Question
 from seal_engine.domains.results import completion_stats, select
 from seal_engine.domains.seal_files import read_result, write_result
+from seal_engine.domains.templating import fill
 from seal_engine.ledger import Ledger, SelfEdit, Trial
 from seal_engine.loop import RefusedError
 from seal_engine.types import InputError

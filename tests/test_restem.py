@@ -258,6 +258,19 @@ def test_refused_self_edits_are_drawn_again_within_a_bound(tmp_path):
     assert not kept & {(e["context"], e["index"]) for e in edits if e["refused"]}
 
 
+def test_what_is_refused_for_good_is_not_drawn_again(tmp_path):
+    class Final(ToyDomain):
+        def job(self, context, self_edit):
+            if "refuse" in self_edit:
+                raise RefusedError("trains nothing", final=True)
+            return TrainJob([self_edit])
+
+    contents, _, _ = run(tmp_path / "run", replace(CONFIG, rounds=1, contexts=12), Final())
+    edits = [e for e in contents["self_edits"] if e["phase"] == "round 1"]
+    assert {e["attempts"] for e in edits} == {1}
+    assert {e["refused"] for e in edits} == {None, "trains nothing"}
+
+
 def test_equal_jobs_are_trained_once(tmp_path):
     engine = ToyEngine()
     config = LoopConfig(rounds=1, self_edits=8, repeats=3, resamples=5)

@@ -4,7 +4,6 @@ A self-edit is text about the passage, cut into training sequences (see self_edi
 which {title}, {context} and {question} stand for themselves.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,15 +17,13 @@ from seal_engine.domains.passages import Passage
 from seal_engine.domains.results import Article, Asked, Judged, Result
 from seal_engine.domains.seal_files import read_passages
 from seal_engine.domains.self_edits import split
+from seal_engine.domains.templating import fill, read_template
 from seal_engine.engine import Engine
-from seal_engine.files import read_text
 from seal_engine.jobs import SCHEDULERS, TrainJob
 from seal_engine.ledger import Ledger, SelfEdit, Trial
 from seal_engine.loop import Attempt, Prompt, RefusedError, Writer
 from seal_engine.requests import SamplingParams
 from seal_engine.types import InputError, LoraConfig, is_integer, require, setting
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -248,19 +245,6 @@ def _asked(passage: Passage, repeat: int, before: Trial, trial: Trial | None) ->
     grades = trial.grades if trial and trial.answers else (0.0,) * count
     for i, asked in enumerate(passage.questions):
         yield Asked(repeat, asked.question, asked.answer, before.answers[i], answers[i], before.grades[i], grades[i])
-
-
-def read_template(path: str, shipped: str) -> str:
-    """A template's text; path "": the shipped one."""
-    text = read_text(Path(path) if path else TEMPLATES / shipped)
-    if text is None:
-        raise InputError(f"{path}: missing; accepted: a file with a template")
-    return text
-
-
-def fill(template: str, values: Mapping[str, object]) -> str:
-    """The template with every {name} of values in its place, and nothing else changed."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
 
 def _named(split: str, passages: Sequence[Passage]) -> dict[str, Passage]:

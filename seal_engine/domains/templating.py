@@ -1,0 +1,23 @@
+"""Templates: files in which {names} stand for what is filled in. People may bring their own."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from seal_engine.files import read_text
+from seal_engine.types import InputError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def read_template(path: str, shipped: str) -> str:
+    """A template's text; path "": the shipped one."""
+    text = read_text(Path(path) if path else TEMPLATES / shipped)
+    if text is None:
+        raise InputError(f"{path}: missing; accepted: a file with a template")
+    return text
+
+
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """The template with every {name} of values in its place, and nothing else changed."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
