@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from seal_engine import verbs_engine, verbs_run
-from seal_engine.restem import UngradedError
+from seal_engine.restem import RunError
 from seal_engine.types import InputError
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except InputError as error:
         return _fail(error, 2)
-    except UngradedError as error:
+    except RunError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; a run goes on with the same command", 130)

@@ -143,11 +143,12 @@ class Ledger:
         self._metrics_bytes = 0  # length of metrics.jsonl
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], config: Mapping[str, Any]) -> Self:
+    def open(cls, directory: str | os.PathLike[str], config: Mapping[str, Any], free: Sequence[str] = ()) -> Self:
         """Begin a run, or go on with it: what a crash left half-done is removed.
 
         InputError if the directory holds something else, cannot be written, is held by another process, is damaged,
-        is of a newer version, or began with another config (compared as JSON); it is then left as it was.
+        is of a newer version, or began with another config (compared as JSON, but for what `free` names); it is then
+        left as it was.
         """
         path = Path(os.path.realpath(directory))
         wanted = _as_json(config)
@@ -168,7 +169,7 @@ class Ledger:
                     connection.execute("INSERT INTO run VALUES (?, ?, ?)", row)
             _check(connection, path / DATABASE)
             ledger = cls(path, connection, writable=True)
-            _check_config(ledger, wanted)
+            _check_config(ledger, wanted, free)
             connection.execute("UPDATE run SET schema_version = schema_version")  # better refused now than hours later
             for leftover in list(path.rglob(f"{PARTIAL}*")):
                 if leftover.is_dir() and not leftover.is_symlink():
@@ -414,9 +415,10 @@ def _check(connection: sqlite3.Connection, file: Path) -> None:
         raise InputError(f"{file}: damaged: {' '.join(damage.split())}; accepted: {_ADVICE[sqlite3.SQLITE_CORRUPT]}")
 
 
-def _check_config(ledger: Ledger, wanted: dict[str, Any]) -> None:
+def _check_config(ledger: Ledger, wanted: dict[str, Any], free: Sequence[str]) -> None:
     """InputError naming the first field that differs."""
-    began, now = _leaves(ledger.config, "config"), _leaves(wanted, "config")
+    kept = ({k: v for k, v in config.items() if k not in free} for config in (ledger.config, wanted))
+    began, now = (_leaves(config, "config") for config in kept)
     for name in now | began:
         old, new = began.get(name, "nothing"), now.get(name, "nothing")
         if old != new:

@@ -34,7 +34,7 @@ class Attempt:
 class Writer:
     """Someone else who writes self-edits: for each context any number of them, None where one could not be had."""
 
-    write: Callable[[Sequence[str]], Sequence[Sequence[str | None]]]
+    write: Callable[[Sequence[str], SamplingParams], Sequence[Sequence[str | None]]]  # contexts, how to sample
     best: bool = False  # a context's best self-edit counts, not their mean
 
 
@@ -89,7 +89,7 @@ class LoopConfig:
     max_tokens: int = setting(1024, "of a self-edit")
     resamples: int = setting(3, "further tries where a self-edit is refused")
     keep: str = setting("best", "best of each context, all that gain, or the top fraction", KEEP)
-    keep_fraction: float = setting(0.2, "of all self-edits, for keep = top")
+    keep_fraction: float = setting(0.2, "of all that could be trained, for keep = top")
     keep_reward: float = setting(0.0, "a kept self-edit has at least this reward")
     shuffle_rewards: bool = setting(False, "a control: every self-edit gets the reward of another")
     policy_rank: int = setting(64, "r of the policy's update")

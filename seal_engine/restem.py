@@ -14,6 +14,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 
@@ -30,8 +31,12 @@ TOGETHER = "self-edits, one adapter for all"
 NOT_HAD = "could not be had"  # of a self-edit by another writer: left out, as a grade that could not be had
 
 
-class UngradedError(RuntimeError):
-    """Grades that could not be had are left out of every mean; with too many of them a run stops."""
+class RunError(RuntimeError):
+    """A run cannot go on; what was finished before is recorded."""
+
+
+class UngradedError(RunError):
+    """What could not be had, a grade or a self-edit, is left out of every mean; with too much of it a run stops."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,18 @@ class Entry:
 def number(*parts: object) -> int:
     """A seed, below 2**31, that depends on all parts and nothing else."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
+
+
+def check(domain: Domain, config: LoopConfig) -> None:
+    """InputError for settings that the domain cannot serve: before anything is trained or written."""
+    writers = ["", *domain.writers()]
+    require(config.writer in writers, "writer", config.writer, f"one of {writers}")
+    count, known = config.contexts, len(domain.contexts("train"))
+    require(count <= known or not config.rounds, "contexts", count, f"at most {known}: there are no more")
+    for split in ("train", "held out"):
+        for context in domain.contexts(split)[:1]:
+            domain.prompt(context)
+            domain.questions(context)
 
 
 class ReSTEM:
@@ -72,10 +89,7 @@ class ReSTEM:
 
     def run(self) -> None:
         """All seeds: measure, then in each round improve the policy and measure again."""
-        writers = ["", *self.domain.writers()]
-        require(self.config.writer in writers, "writer", self.config.writer, f"one of {writers}")
-        count, known = self.config.contexts, len(self.domain.contexts("train"))
-        require(count <= known or not self.config.rounds, "contexts", count, f"at most {known}: there are no more")
+        check(self.domain, self.config)
         for i, seed in enumerate(self.config.seeds):
             self.seed = seed
             if all(self.ledger.finished(self._unit(phase)) for phase in self._phases()):
@@ -115,7 +129,7 @@ class ReSTEM:
             if job is not None:
                 (result,) = self.engine.train([job], progress=self.progress)
                 if result.adapter is None:
-                    raise RuntimeError(f"{phase}: the policy's update failed: {result.error}")
+                    raise RunError(f"{phase}: the policy's update failed: {result.error}")
                 self.ledger.replace_directory(directory, result.adapter.save)
                 losses = result.losses
             path = None if job is None else str(directory.relative_to(self.ledger.directory))
@@ -127,10 +141,9 @@ class ReSTEM:
             rewards = [reward for reward in self.rewards(phase).values() if reward is not None]
             metrics = {"seed": self.seed, "phase": phase, "reward": fmean(rewards) if rewards else None}
             self.ledger.finish(self._unit(phase), policy=policy, metrics={**metrics, "kept": len(kept)})
-            if job is not None and job.checkpoint_dir is not None:
-                shutil.rmtree(job.checkpoint_dir, ignore_errors=True)
             shown = "no reward" if not rewards else f"mean reward {fmean(rewards):.3f}"
             self.say(f"seed {self.seed}, {phase}: {shown}, kept {len(kept)} self-edits")
+        shutil.rmtree(self._checkpoint(round_number), ignore_errors=True)
         done = next(p for p in self.ledger.policies(self.seed) if p.round == round_number)
         if done.path is None:
             return  # nothing was kept, so the policy is what it was
@@ -153,8 +166,11 @@ class ReSTEM:
             job,
             seed=number(self.seed, round_number, "policy"),
             init_from=self.policy,
-            checkpoint_dir=self.ledger.directory / f"checkpoint of seed {self.seed}, round {round_number}",
+            checkpoint_dir=self._checkpoint(round_number),
         )
+
+    def _checkpoint(self, round_number: int) -> Path:
+        return self.ledger.directory / f"checkpoint of seed {self.seed}, round {round_number}"
 
     def select(self, round_number: int) -> list[SelfEdit]:
         """The self-edits of a round that the policy is to learn from."""
@@ -168,7 +184,8 @@ class ReSTEM:
         enough = [key for key in rewards if rewards[key] >= config.keep_reward]
         ranked = sorted(enough, key=lambda key: -rewards[key])  # equal ones stay in the order in which they were drawn
         if config.keep == "gain":
-            kept = [key for key in enough if rewards[key] > (before[key[0]] or 0.0)]
+            base = {context: accuracy for context, accuracy in before.items() if accuracy is not None}
+            kept = [key for key in enough if key[0] in base and rewards[key] > base[key[0]]]
         elif config.keep == "top":
             kept = ranked[: round(config.keep_fraction * len(edits))]
         else:
@@ -179,7 +196,7 @@ class ReSTEM:
         """The mean accuracy of each self-edit's adapters by (context, index); None where none could be graded."""
         rewards: dict[tuple[str, int], list[float]] = {}
         for trial in self.ledger.trials(self.seed, phase):
-            given = [] if trial.accuracy is None else [trial.accuracy]
+            given = [] if trial.accuracy is None else [round(trial.accuracy, 4)]  # as published, which decides ties
             rewards.setdefault((trial.context, trial.index), []).extend(given)
         return {key: fmean(values) if values else None for key, values in rewards.items()}
 
@@ -208,7 +225,14 @@ class ReSTEM:
         unit = self._unit(f"{phase}, writing")
         if not self.ledger.finished(unit):
             edits = self._sampled(phase, contexts, count) if writer is None else self._given(phase, contexts, writer)
-            refused = sum(edit.refused is not None for edit in edits)
+            lost, refused = (sum(map(test, edits)) for test in (_is_lost, lambda edit: edit.refused is not None))
+            if edits and lost / len(edits) > self.config.max_ungraded:
+                raise UngradedError(
+                    f"{phase}: {lost} of {len(edits)} self-edits could not be had; accepted: a share of at most "
+                    f"{self.config.max_ungraded:g} (max_ungraded); nothing of this unit has been recorded"
+                )
+            if edits and refused == len(edits):
+                raise RunError(f"{phase}: every self-edit was refused, the first one as: {edits[0].refused}")
             metrics = {"seed": self.seed, "phase": phase, "self_edits": len(edits), "refused": refused}
             self.ledger.finish(unit, self_edits=edits, metrics=metrics)
             if refused:
@@ -218,8 +242,8 @@ class ReSTEM:
             if edit.refused is None:
                 attempt = Attempt(self.domain.job(edit.context, edit.text), self.domain.questions(edit.context))
             else:
-                attempt = Attempt(None, (), edit.refused)
-            if edit.refused != NOT_HAD:
+                attempt = Attempt(None, self.domain.questions(edit.context), edit.refused)
+            if not _is_lost(edit):
                 entries.append(Entry(edit.context, edit.index, attempt))
         order = {context: i for i, context in enumerate(contexts)}
         return sorted(entries, key=lambda entry: (order[entry.context], entry.index))
@@ -228,9 +252,8 @@ class ReSTEM:
         """`count` self-edits of the policy for each context; those refused are drawn again, within a bound."""
         due = [(context, index) for context in contexts for index in range(count)]
         done: dict[tuple[str, int], SelfEdit] = {}
-        config, attempt = self.config, 0
-        params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
-        while due and attempt <= config.resamples:
+        params, attempt = self._sampling(), 0
+        while due and attempt <= self.config.resamples:
             attempt += 1
             seeds = [number(self.seed, phase, *key, attempt) for key in due]
             prompts = [self.domain.prompt(context) for context, _ in due]
@@ -247,12 +270,21 @@ class ReSTEM:
             due = again
         return list(done.values())
 
+    def _sampling(self) -> SamplingParams:
+        """How self-edits are sampled."""
+        config = self.config
+        return SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
+
     def _given(self, phase: str, contexts: Sequence[str], writer: Writer) -> list[SelfEdit]:
         edits, end = [], self.engine.stop_token_ids[:1]  # a policy that learns from them learns to end, too
-        for context, texts in zip(contexts, writer.write(contexts), strict=True):
-            for index, text in enumerate(texts):
+        longest = self.engine.config.max_position_embeddings
+        for context, texts in zip(contexts, writer.write(contexts, self._sampling()), strict=True):
+            prompt = self.engine.inputs.token_ids(self.domain.prompt(context), "prompt")
+            for index, text in enumerate(texts or [None]):
                 ids = [] if text is None else self.engine.tokenizer.encode(text, add_special_tokens=False)
                 refused = NOT_HAD if text is None else self._refusal(context, text)[0]
+                if len(prompt) + len(ids) + len(end) > longest:
+                    refused = f"{len(ids)} tokens after a prompt of {len(prompt)}: longer than the model ({longest})"
                 edits.append(SelfEdit(self.seed, phase, context, index, text or "", (*ids, *end), None, 1, refused))
         return edits
 
@@ -265,7 +297,7 @@ class ReSTEM:
         return None, True
 
     def measure(self, phase: str, entries: Sequence[Entry], repeats: int, best: bool = False) -> float | None:
-        """Train, ask and grade all entries, `repeats` times each; the mean accuracy over contexts."""
+        """Train, ask and grade all entries, `repeats` times each; the mean accuracy over contexts that could be."""
         for i, unit in enumerate(_units(entries, repeats, self.config.trials_a_unit)):
             name = self._unit(f"{phase}, trials {i}")
             if not self.ledger.finished(name):
@@ -284,8 +316,10 @@ class ReSTEM:
         self.say(f"seed {self.seed}, {phase}: {', '.join(notes)}")
         unit = self._unit(phase + ", accuracy")
         if not self.ledger.finished(unit):
+            contexts = len({trial.context for trial in trials if trial.accuracy is not None})
             metrics = {"seed": self.seed, "phase": phase, "accuracy": accuracy, "trials": len(trials)}
-            self.ledger.finish(unit, metrics={**metrics, "failed": failed, "ungraded": missing})
+            metrics |= {"contexts": contexts, "refused": refused, "failed": failed, "ungraded": missing}
+            self.ledger.finish(unit, metrics=metrics)
         return accuracy
 
     def _trials(self, phase: str, unit: Sequence[tuple[Entry, int]]) -> list[Trial]:
@@ -294,6 +328,9 @@ class ReSTEM:
         # The seed of a repeat is that of every job in it: what they differ by is the self-edit, not the luck.
         seeds = {repeat: number(self.seed, phase, repeat) for _, repeat in unit}
         results = self._train(unit, seeds)
+        tried = [result for (entry, _), result in zip(unit, results, strict=True) if entry.attempt.job is not None]
+        if tried and not any(result.num_steps for result in tried):
+            raise RunError(f"{phase}: none of {len(tried)} adapters could be trained; the first: {tried[0].error}")
         answers = self._ask(phase, unit, results)
         grades = self._grade(phase, unit, answers)
         seconds = (perf_counter() - start) / len(unit)
@@ -381,10 +418,14 @@ def _units(entries: Sequence[Entry], repeats: int, size: int) -> Iterator[list[t
 def _together(entries: Sequence[Entry]) -> list[Entry]:
     """One job on the sequences of all entries (continued pretraining), asked the questions of every context."""
     jobs = [entry.attempt.job for entry in entries if entry.attempt.job is not None]
-    if not jobs:
-        return []
-    joint = replace(jobs[0], sequences=[sequence for job in jobs for sequence in job.sequences])
-    return [Entry(e.context, 0, Attempt(joint, e.attempt.questions)) for e in {e.context: e for e in entries}.values()]
+    joint = replace(jobs[0], sequences=[s for job in jobs for s in job.sequences]) if jobs else None
+    refused = None if jobs else "no self-edit to train on"
+    questions = {entry.context: entry.attempt.questions for entry in entries}
+    return [Entry(context, 0, Attempt(joint, asked, refused)) for context, asked in questions.items()]
+
+
+def _is_lost(edit: SelfEdit) -> bool:
+    return edit.refused == NOT_HAD
 
 
 def mean_accuracy(trials: Sequence[Trial], best: bool = False) -> float | None:

@@ -7,20 +7,20 @@ and what the task writes when it is done.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from seal_engine.adapters import adapter_layout
 from seal_engine.domains.few_shot import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
-from seal_engine.domains.results import select
 from seal_engine.domains.seal_files import write_result, write_sft
 from seal_engine.engine import Engine
 from seal_engine.ledger import Ledger
 from seal_engine.loop import Domain, LoopConfig
-from seal_engine.restem import TOGETHER, WRITTEN, ReSTEM
+from seal_engine.restem import TOGETHER, WRITTEN, ReSTEM, check
 from seal_engine.settings import defaults_of, make
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.types import InputError, require, setting
@@ -31,6 +31,11 @@ FILES = (
     "self_edits_file", "challenges", "solutions", "held_out_challenges", "held_out_solutions",
     "few_shot_prompt_template", "example_template", "grid_template", "directive_template",
 )  # fmt: skip
+
+
+# Settings that change no result: a run may go on with others.
+FREE = ("device", "max_ungraded", "endpoint", "endpoint_key_variable", "endpoint_concurrency", "endpoint_timeout")
+MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,13 @@ class Task:
 
 
 def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
-    """SEAL's own files of every round: the result, and what its rule keeps of it."""
+    """SEAL's own files of every round: the result, and the self-edits that were kept."""
     for policy in ledger.policies():
-        result = domain.result(ledger, policy.seed, policy.round)
-        name = f"seed-{policy.seed}-round-{policy.round}"
-        write_result(ledger.directory / f"{name}.json", result)
-        write_sft(ledger.directory / f"{name}-kept.jsonl", select(result))
+        name, phase = f"seed-{policy.seed}-round-{policy.round}", f"round {policy.round}"
+        write_result(ledger.directory / f"{name}.json", domain.result(ledger, policy.seed, policy.round))
+        texts = {(edit.context, edit.index): edit.text for edit in ledger.self_edits(policy.seed, phase)}
+        kept = [{"prompt": domain.prompt_text(c), "completion": texts[c, index].strip()} for c, index in policy.kept]
+        write_sft(ledger.directory / f"{name}-kept.jsonl", kept)
 
 
 TASKS = {
@@ -110,8 +116,13 @@ def start(
     engine = Engine.from_pretrained(
         engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic
     )
+    adapter_layout(engine.config, own.lora)  # targets that the model lacks are refused now
+    fixed = getattr(own, "grader", "") != "model" or loop.policy_update == "adapter" or not loop.rounds
+    require(fixed, "grader", "model", "it with policy_update 'adapter': a merge would change who grades")
     domain = TASKS[task].make(own, engine)
-    with Ledger.open(out, {"task": task, **settings, "sha256": files}) as ledger:
+    check(domain, loop)
+    settings |= {"task": task, "sha256": files | _fingerprint(Path(engine_config.model))}
+    with Ledger.open(out, settings, FREE) as ledger:
         ReSTEM(engine, domain, loop, ledger, say, progress).run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
@@ -124,6 +135,21 @@ def resume(directory: str | Path, say: Callable[[str], None] = print, progress: 
     task = settings.pop("task", None)
     settings.pop("sha256", None)
     return start(str(task), settings, directory, say, progress)
+
+
+def _fingerprint(model: Path) -> dict[str, str]:
+    """What tells this checkpoint from another: small files whole, of large ones the size and both ends."""
+    found = {}
+    for file in sorted(model.glob("*.safetensors")) + [model / "config.json", model / "tokenizer.json"]:
+        if file.exists():
+            with file.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                parts = [str(size).encode()]
+                for start in (0, max(0, size - MEGABYTE)):
+                    stream.seek(start)
+                    parts.append(stream.read(MEGABYTE))
+            found[file.name] = hashlib.sha256(b"".join(parts)).hexdigest()
+    return found
 
 
 def _digest(path: str) -> str:
@@ -142,7 +168,11 @@ class Row:
     """A line of the table: a method's accuracy on held-out contexts."""
 
     name: str
-    accuracies: tuple[float, ...]  # of each seed, 0 to 1
+    accuracies: tuple[float, ...]  # of each seed that has one, 0 to 1
+    contexts: int = 0  # measured, of each seed the fewest
+    refused: int = 0  # trials of refused self-edits: wrong answers
+    failed: int = 0  # adapters that could not be trained: wrong answers
+    ungraded: int = 0  # answers that are left out
 
     @property
     def mean(self) -> float:
@@ -156,13 +186,21 @@ class Row:
 
 
 def rows(ledger: Ledger) -> list[Row]:
-    """The table: baselines in the order in which they were measured, then self-edits by round, then other writers."""
-    found: dict[str, list[float]] = {}
+    """The table: all that was measured on held-out contexts, in the order in which it was."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for entry in ledger.metrics():
         known = entry.get("accuracy") is not None and math.isfinite(entry["accuracy"])
         if "trials" in entry and not str(entry["phase"]).startswith("round ") and known:
-            found.setdefault(entry["phase"], []).append(entry["accuracy"])
-    return [Row(_title(phase), tuple(values)) for phase, values in found.items()]
+            found.setdefault(entry["phase"], []).append(entry)
+    return [
+        Row(
+            _title(phase),
+            tuple(entry["accuracy"] for entry in entries),
+            min(entry.get("contexts", 0) for entry in entries),
+            *(sum(entry.get(name, 0) for entry in entries) for name in ("refused", "failed", "ungraded")),
+        )
+        for phase, entries in found.items()
+    ]
 
 
 def _title(phase: str) -> str:
@@ -173,11 +211,13 @@ def _title(phase: str) -> str:
     return f"{method}, {when}" if method in (WRITTEN, TOGETHER) else f"{method} ({when})"
 
 
-def table(found: Iterator[Row] | list[Row]) -> str:
-    """Rows as text: means and standard deviations in percent."""
-    lines = [("method", "accuracy", "sd")]
+def table(found: Sequence[Row]) -> str:
+    """Rows as text: means and standard deviations over seeds in percent, and what was left out or failed."""
+    lines, most = [("method", "accuracy", "sd", "")], max((row.contexts for row in found), default=0)
     for row in found:
         deviation = "" if row.deviation is None else f"{100 * row.deviation:.1f}"
-        lines.append((row.name, f"{100 * row.mean:.1f}", deviation))
+        notes = [f"{row.contexts} of {most} contexts"] * (row.contexts < most)
+        notes += [f"{getattr(row, n)} {n}" for n in ("refused", "failed", "ungraded") if getattr(row, n)]
+        lines.append((row.name, f"{100 * row.mean:.1f}", deviation, ", ".join(notes)))
     width = max(len(name) for name, *_ in lines) + 2
-    return "\n".join(f"{name:<{width}}{mean:>9}{deviation:>7}".rstrip() for name, mean, deviation in lines)
+    return "\n".join(f"{name:<{width}}{mean:>9}{sd:>7}  {notes}".rstrip() for name, mean, sd, notes in lines)

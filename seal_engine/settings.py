@@ -57,7 +57,8 @@ def read_toml(path: str | Path, kinds: Sequence[type]) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from None
     hints = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in _settings(kind)}
-    return {key: _typed(value, hints.get(key), f"{path}: {key}", list(hints)) for key, value in values.items()}
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    return {key: _typed(value, hints.get(key), f"{path}: {key}", list(hints)) for key, value in named.items()}
 
 
 def _typed(value: Any, hint: Any, place: str, known: Sequence[str]) -> Any:

@@ -531,6 +531,8 @@ def save_checkpoint(run: _Run) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / "checkpoint.safetensors.partial"
         save_file(tensors, partial, metadata={"fingerprint": _fingerprint(run)})
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())  # a power cut must not leave the new name on an empty file
         os.replace(partial, directory / "checkpoint.safetensors")
     except OSError as error:
         raise InputError(f"checkpoint_dir: {directory}: cannot be written: {error}") from None

@@ -3,14 +3,14 @@
 import argparse
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from seal_engine.config import DTYPES, ModelConfig
 from seal_engine.engine import Engine
 from seal_engine.files import read_json, read_text
-from seal_engine.jobs import SCHEDULERS, TrainJob
+from seal_engine.jobs import SCHEDULERS, TrainJob, TrainSequence
 from seal_engine.plan import RECOMPUTE, Plan, make_plan
 from seal_engine.requests import RequestOutput, SamplingParams
 from seal_engine.types import InputError, LoraConfig
@@ -170,6 +170,7 @@ def train(options: argparse.Namespace) -> None:
     for job in jobs:
         job.check()
     engine = _engine(options)
+    jobs = [replace(job, sequences=[_with_mask(sequence, engine) for sequence in job.sequences]) for job in jobs]
     report, failed = {}, []
     for file, result in zip(files, engine.train(jobs, progress=not options.quiet), strict=True):
         if result.adapter is None:
@@ -197,7 +198,7 @@ def read_sequences(file: Path) -> list[Any]:
     text = read_text(file)
     if text is None:
         raise InputError(f"{file}: missing")
-    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{file}: found no sequence; accepted: at least one line")
     return [_json_line(line, f"{file}: line {i}") if file.suffix == ".jsonl" else line for i, line in lines]
@@ -208,9 +209,21 @@ def _json_line(line: str, place: str) -> Any:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not JSON: {error}") from None
-    if not isinstance(value, str | list):
-        raise InputError(f"{place}: found {value!r:.80}; accepted: a text, a list of token ids or a chat")
+    pair = isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("prompt", "completion"))
+    if not isinstance(value, str | list) and not pair:
+        accepted = "a text, a list of token ids, a chat, or an object with prompt and completion"
+        raise InputError(f"{place}: found {value!r:.80}; accepted: {accepted}")
     return value
+
+
+def _with_mask(sequence: Any, engine: Engine) -> Any:
+    """A pair of prompt and completion as tokens with a loss on the completion and the end; all else as it is."""
+    if not isinstance(sequence, dict):
+        return sequence
+    prompt = engine.tokenizer.encode(sequence["prompt"])
+    rest = engine.tokenizer.encode(sequence["completion"], add_special_tokens=False)
+    rest = [*rest, *engine.stop_token_ids[:1]]
+    return TrainSequence([*prompt, *rest], [0] * len(prompt) + [1] * len(rest))
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from seal_engine import runs
@@ -12,6 +13,7 @@ from seal_engine.ledger import Ledger
 from seal_engine.report import write_report
 from seal_engine.settings import add_flags, read_toml
 from seal_engine.tiny.pretrain import Recipe, train_tiny
+from seal_engine.types import InputError, require
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--out", help="directory of the run; one that is there is gone on with", required=True, metavar="DIR"
         )
-        sub.add_argument("--config", help="TOML file of settings; flags come before it", metavar="FILE")
+        sub.add_argument("--config", help="TOML file of settings; flags override it", metavar="FILE")
         _run_arguments(sub)
         for kind in runs.configs(name):
             add_flags(sub, kind, (kind.__doc__ or "").partition(".")[0], task.defaults)
@@ -83,7 +85,7 @@ def _finish(directory: Path, options: argparse.Namespace) -> None:
             print(runs.table(found))
             print(f"More, with pictures: {page}")
         if options.json:
-            rows = [{"method": r.name, "mean": r.mean, "sd": r.deviation, "by_seed": r.accuracies} for r in found]
+            rows = [{"method": r.name, "mean": r.mean, "sd": r.deviation, **asdict(r)} for r in found]
             print(json.dumps({"directory": str(directory), "report": str(page), "table": rows}))
 
 
@@ -100,14 +102,15 @@ def report(options: argparse.Namespace) -> None:
 def select_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", help="a result file of SEAL, or one that a run wrote", metavar="RESULT.json")
     parser.add_argument("--out", help="the kept self-edits, a line each, to fine-tune on", required=True)
-    parser.add_argument("--json", help="add one JSON object as the last line of stdout", action="store_true")
+    _run_arguments(parser)
 
 
 def select(options: argparse.Namespace) -> None:
     """Keep the best self-edit of each passage, by SEAL's published rule."""
     kept = select_kept(read_result(options.result))
     write_sft(options.out, kept)
-    print(f"{options.out}: {len(kept)} self-edits")
+    if not options.quiet:
+        print(f"{options.out}: {len(kept)} self-edits")
     if options.json:
         print(json.dumps({"out": options.out, "kept": len(kept)}))
 
@@ -122,6 +125,10 @@ def tiny_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tiny(options: argparse.Namespace) -> None:
     """The shipped miniature: train it again."""
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out: {out} exists; accepted: a new or empty directory")
+    require(options.seed >= 0, "--seed", options.seed, "an integer >= 0")
     report = train_tiny(Path(options.out), Recipe(seed=options.seed), progress=not options.quiet)
     if not options.quiet:
         print(f"{options.out}: " + ", ".join(f"{name} {value:g}" for name, value in report.items()))

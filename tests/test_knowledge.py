@@ -2,17 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from seal_engine.domains.endpoint import Reply
 from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
 from seal_engine.domains.passages import Passage, Question
 from seal_engine.domains.results import completion_stats, select
 from seal_engine.domains.seal_files import read_result, write_result
 from seal_engine.domains.templating import fill
 from seal_engine.ledger import Ledger, SelfEdit, Trial
-from seal_engine.loop import RefusedError
+from seal_engine.loop import LoopConfig, RefusedError
+from seal_engine.requests import SamplingParams
+from seal_engine.restem import ReSTEM
 from seal_engine.types import InputError
 
 
@@ -21,6 +25,7 @@ def passage(i, questions=2):
     return Passage(f"Title {i}", f"Text {i} with {{braces}} and {{title}}.", asked)
 
 
+SEAL = Path(__file__).parents[2] / "shared/data/seal"
 PASSAGES = [passage(i) for i in range(6)]
 ENGINE = SimpleNamespace(
     tokenizer=SimpleNamespace(apply_chat_template=lambda turns, add_generation_prompt: [turns, add_generation_prompt])
@@ -118,7 +123,8 @@ def test_grades_go_where_they_belong():
 def test_self_edits_from_a_file(tmp_path):
     known = [replace(PASSAGES[4], completions=("first", "second")), replace(PASSAGES[0], context="another text")]
     domain = knowledge(self_edits_file=data_file(tmp_path, known))
-    assert domain.writers()["file"].write(domain.contexts("held out")) == [("first", "second"), ()]
+    written = domain.writers()["file"].write(domain.contexts("held out"), SamplingParams())
+    assert written == [("first", "second"), ()]
 
 
 def test_data_is_split(tmp_path):
@@ -126,7 +132,8 @@ def test_data_is_split(tmp_path):
     domain = Knowledge(KnowledgeConfig(data=file, held_out_contexts=2), ENGINE)
     assert [p.title for p in domain.splits["train"].values()] == ["Title 0", "Title 1", "Title 2", "Title 3"]
     assert [p.title for p in domain.splits["held out"].values()] == ["Title 4", "Title 5"]
-    domain = Knowledge(KnowledgeConfig(data=file, held_out_data=file, held_out_contexts=6), ENGINE)
+    other = data_file(tmp_path, [replace(p, title="Another") for p in PASSAGES], "other.json")
+    domain = Knowledge(KnowledgeConfig(data=file, held_out_data=other, held_out_contexts=6), ENGINE)
     assert len(domain.splits["train"]) == len(domain.splits["held out"]) == 6
     with pytest.raises(InputError, match=r"held_out_contexts: found 6; accepted: at most 5"):
         Knowledge(KnowledgeConfig(data=file, held_out_contexts=6), ENGINE)
@@ -153,6 +160,66 @@ def test_settings_out_of_range(settings, message):
         KnowledgeConfig(**settings)
 
 
+@pytest.mark.skipif(not SEAL.exists(), reason="the published data is not here: shared/data/seal")
+def test_the_best_are_those_that_the_published_rule_keeps(tmp_path):
+    """The published trials, recorded as a run's: what the M-step would learn from is the published choice."""
+    result = read_result(SEAL / "rank_iter0.json")
+    edits, trials = [], []
+    for i, article in enumerate(result.articles):
+        for index, judged in enumerate(article.completions):
+            edits.append(SelfEdit(0, "round 1", f"{i:02d}", index, judged.text, (1,), 1, 1, None))
+            for repeat in range(3):
+                grades = tuple(float(a.adapter_correct or 0) for a in judged.questions if a.rep == repeat)
+                row = (0, "round 1", f"{i:02d}", index, repeat, 1, 1, 1, 0.0, None, ("",) * len(grades), grades, 0.0)
+                trials.append(Trial(*row))
+    with Ledger.open(tmp_path / "run", {}) as ledger:
+        ledger.finish("unit", self_edits=edits, trials=trials)
+        kept = ReSTEM(ENGINE, knowledge(), LoopConfig(), ledger).select(1)
+    published = [json.loads(line) for line in (SEAL / "sft_best1of5_iter0.jsonl").read_text().splitlines()]
+    assert [edit.text.strip() for edit in kept] == [row["completion"].strip() for row in published]
+
+
+@pytest.mark.parametrize("name", ["prompt_template", "question_template", "reading_template"])
+def test_templates_need_their_places(tmp_path, name):
+    (tmp_path / "template.txt").write_text("{title}\n")
+    with pytest.raises(InputError, match=r"template\.txt: found 'no \{(context|question)\}'"):
+        knowledge(**{name: str(tmp_path / "template.txt")})
+
+
+def test_an_editors_newline_at_the_end_of_a_template_is_no_part_of_it(tmp_path):
+    (tmp_path / "ask.txt").write_text("{question} A:\n")
+    assert knowledge(question_template=str(tmp_path / "ask.txt")).questions("train 0000 Title 0")[0].endswith(" A:")
+
+
+def test_passages_to_measure_on_are_not_learned_from(tmp_path):
+    file = data_file(tmp_path, PASSAGES)
+    with pytest.raises(InputError, match="held_out_data: found 'Title 0: Text 0"):
+        Knowledge(KnowledgeConfig(data=file, held_out_data=file, held_out_contexts=1), ENGINE)
+
+
+def test_self_edits_from_an_endpoint(monkeypatch, caplog):
+    """Asked for as the loop samples; what could not be had is None, and said."""
+    asked = []
+
+    def answer(endpoint, prompts, max_tokens, temperature):
+        asked.append((endpoint.model, dict(endpoint.fields), len(prompts), max_tokens, temperature))
+        return [Reply("fact"), Reply(error="HTTP 500: sorry")] * (len(prompts) // 2)
+
+    monkeypatch.setattr("seal_engine.domains.knowledge.complete", answer)
+    settings = {"endpoint": "http://localhost:1/v1", "endpoint_model": "m", "endpoint_key_variable": ""}
+    domain = knowledge(endpoint_self_edits=2, **settings)
+    params = SamplingParams(temperature=0.3, top_p=0.5, max_tokens=40)
+    assert domain.writers()["endpoint"].write(domain.contexts("held out"), params) == [["fact", None]] * 2
+    assert asked == [("m", {"top_p": 0.5}, 4, 40, 0.3)]
+    assert caplog.messages == ["2 of 4 self-edits could not be had: HTTP 500"]
+
+
+def test_a_missing_key_is_missed_at_once(monkeypatch):
+    monkeypatch.delenv("ABSENT_KEY", raising=False)
+    with pytest.raises(InputError, match="ABSENT_KEY"):
+        knowledge(endpoint="http://localhost:1/v1", endpoint_model="m", endpoint_key_variable="ABSENT_KEY")
+
+
 def test_seal_result_of_a_round(tmp_path):
     """Two self-edits of a passage, two repeats: statistics by hand, and what the published rule keeps."""
     domain, context = knowledge(), "train 0003 Title 3"
@@ -172,7 +239,7 @@ def test_seal_result_of_a_round(tmp_path):
         trial("round 1", 1, 0, (1.0, 1.0)),
         trial("round 1", 1, 1, (1.0, None)),
     ]
-    with Ledger.open(tmp_path / "run", {"model": "a/model"}) as ledger:
+    with Ledger.open(tmp_path / "run", {"model": "a/model", "repeats": 2}) as ledger:
         ledger.finish("unit", self_edits=edits, trials=trials)
         result = domain.result(ledger, 0, 1)
     (article,) = result.articles

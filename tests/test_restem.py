@@ -20,7 +20,7 @@ from seal_engine.jobs import TrainJob, TrainResult
 from seal_engine.ledger import Ledger, Trial
 from seal_engine.loop import Attempt, LoopConfig, RefusedError, Writer
 from seal_engine.requests import Completion, RequestOutput, SamplingParams
-from seal_engine.restem import ReSTEM, UngradedError, mean_accuracy
+from seal_engine.restem import ReSTEM, RunError, UngradedError, mean_accuracy
 from seal_engine.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,7 @@ class ToyEngine:
         self.merged = []
         self.trained = []
         self.stop_token_ids = (9,)
+        self.config = SimpleNamespace(max_position_embeddings=60)
         self.inputs = SimpleNamespace(token_ids=lambda prompt, name: list(map(ord, prompt)))
         self.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(map(ord, text)))
 
@@ -180,7 +181,7 @@ class GivenDomain(ToyDomain):
         super().__init__(len(rewards))
         self.rewards = rewards
         texts = [[f"edit {i} {j}" for j in range(len(own))] for i, own in enumerate(rewards)]
-        self._writers = {"given": Writer(lambda contexts: texts[: len(contexts)])}
+        self._writers = {"given": Writer(lambda contexts, _: texts[: len(contexts)])}
 
 
 class GivenEngine(ToyEngine):
@@ -291,8 +292,28 @@ def test_one_adapter_for_all_contexts(tmp_path):
     assert len(asked) == 4
 
 
+def test_one_adapter_for_all_is_asked_by_those_whose_self_edits_were_refused(tmp_path):
+    texts = {"held out 0": ["good", "refuse me"], "held out 1": ["refuse me", "refuse me"], "held out 2": ["bad"] * 2}
+
+    class Written(ToyEngine):
+        def generate(self, prompts, params, adapters, progress):
+            outputs = super().generate(prompts, params, adapters, progress)
+            for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+                if prompt.startswith("write"):
+                    output.outputs[0].text = texts[prompt.removeprefix("write ")][i % 2]
+            return outputs
+
+    config = LoopConfig(rounds=0, together=2, resamples=0)
+    contents, _, _ = run(tmp_path / "run", config, ToyDomain(3), Written())
+    asked = [t for t in contents["trials"] if t["phase"].endswith("one adapter for all")]
+    assert [t["grades"] for t in asked] == [[1.0, 1.0]] * 3
+    alone = [t for t in contents["trials"] if t["phase"] == "evaluation 0, self-edits"]
+    assert [(t["error"], t["grades"]) for t in alone] == [(None, [1.0] * 2), ("no text", []), (None, [0.0] * 2)]
+    assert accuracies(contents)["seed 0, evaluation 0"] == pytest.approx(1 / 3)
+
+
 def test_a_job_that_diverges_counts_as_wrong(tmp_path):
-    writer = Writer(lambda contexts: [["diverge", "good"] for _ in contexts])
+    writer = Writer(lambda contexts, _: [["diverge", "good"] for _ in contexts])
     config = LoopConfig(rounds=1, repeats=1, writer="given")
     contents, said, _ = run(tmp_path / "run", config, ToyDomain(3, {"given": writer}))
     failed = [t for t in contents["trials"] if t["error"]]
@@ -318,8 +339,37 @@ def test_too_many_without_a_grade_stop_the_run_which_can_go_on(tmp_path):
     assert run(tmp_path / "run", CONFIG)[0] == run(tmp_path / "other", CONFIG)[0]
 
 
+def test_a_self_edit_longer_than_the_model_is_refused(tmp_path):
+    writer = Writer(lambda contexts, _: [["good" * 20, "good"] for _ in contexts])
+    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=1, repeats=1, writer="w"), ToyDomain(2, {"w": writer}))
+    refused = [e["refused"] for e in contents["self_edits"] if e["phase"] == "round 1"]
+    assert refused == ["80 tokens after a prompt of 13: longer than the model (60)", None] * 2
+    assert contents["policies"][0]["kept"] == [["train 0", 1], ["train 1", 1]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["refuse me"], "round 1: every self-edit was refused, the first one as: no text"),
+        (["unknown"], "round 1: none of 6 adapters could be trained; the first: no such module"),
+    ],
+)
+def test_a_run_in_which_nothing_can_be_trained_stops(tmp_path, texts, message):
+    class Picky(ToyEngine):
+        def train(self, jobs, progress):
+            if any("unknown" in str(job.sequences) for job in jobs):
+                return [TrainResult(None, [], 0, "no such module") for _ in jobs]
+            return super().train(jobs, progress)
+
+    calls = iter([["good"]])
+    writer = Writer(lambda contexts, _: [next(calls, texts)] * len(contexts))
+    config = LoopConfig(rounds=1, repeats=3, writer="w")
+    with pytest.raises(RunError, match=message):
+        run(tmp_path / "run", config, ToyDomain(2, {"w": writer}), Picky())
+
+
 def test_a_best_attempt_counts_for_an_oracle(tmp_path):
-    writer = Writer(lambda contexts: [["bad", "good"] for _ in contexts], best=True)
+    writer = Writer(lambda contexts, _: [["bad", "good"] for _ in contexts], best=True)
     contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=0), ToyDomain(3, {"oracle": writer}))
     assert accuracies(contents)["seed 0, oracle, accuracy"] == 1.0
     trial = Trial(0, "p", "c", 0, 0, 0, 1, 1, None, None, ("a", "b"), (1.0, None), 0.0)
@@ -330,10 +380,18 @@ def test_a_best_attempt_counts_for_an_oracle(tmp_path):
 
 
 def test_a_writer_that_could_not_write(tmp_path):
-    writer = Writer(lambda contexts: [[None] for _ in contexts])
-    contents, said, _ = run(tmp_path / "run", LoopConfig(rounds=0), ToyDomain(2, {"absent": writer}))
-    assert [e["refused"] for e in contents["self_edits"] if e["phase"] == "absent"] == ["could not be had"] * 2
-    assert "seed 0, absent: nothing could be graded" in said
+    """Nothing for one context of ten is left out and counted; for more, the run stops, and can go on."""
+    nothing = {"held out 3"}
+    writer = Writer(lambda contexts, _: [[] if c in nothing else ["good"] for c in contexts])
+    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=0), ToyDomain(10, {"some": writer}))
+    assert [e["refused"] for e in contents["self_edits"] if e["refused"]] == ["could not be had"]
+    measured = contents["units"]["seed 0, some, accuracy"]
+    assert (measured["accuracy"], measured["contexts"]) == (1.0, 9)
+    nothing.add("held out 5")
+    with pytest.raises(UngradedError, match="some: 2 of 10 self-edits could not be had"):
+        run(tmp_path / "other", LoopConfig(rounds=0), ToyDomain(10, {"some": writer}))
+    nothing.remove("held out 5")
+    assert run(tmp_path / "other", LoopConfig(rounds=0), ToyDomain(10, {"some": writer}))[0] == contents
     with pytest.raises(InputError, match="writer: found 'nobody'"):
         run(tmp_path / "other", LoopConfig(writer="nobody"))
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def test_a_small_run(tmp_path, capsys):
     assert len(result.articles) == 4
     assert all(len(article.completions) == 2 for article in result.articles)
     kept = (tmp_path / "run/seed-0-round-1-kept.jsonl").read_text().splitlines()
+    assert len(kept) == len(first["policies"][0]["kept"])
     assert all(set(json.loads(line)) == {"prompt", "completion"} for line in kept)
     assert main(["resume", str(tmp_path / "run"), "--json", "--quiet"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -76,7 +78,7 @@ def test_a_small_run(tmp_path, capsys):
 
 def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
     """Killed three times while it trains, samples and writes; then resumed to the end."""
-    command = ["run", "miniature", *FLAGS, "--rounds=2", "--quiet", "--out"]
+    command = ["run", "miniature", *FLAGS, "--rounds=2", "--keep-reward=0", "--quiet", "--out"]
     begun = time.monotonic()
     assert run_command(*command, tmp_path / "whole").wait() == 0
     seconds, draw = time.monotonic() - begun, random.Random(1)
@@ -96,6 +98,32 @@ def test_settings_of_a_run_stay(tmp_path, capsys):
     assert main(["run", "miniature", "--out", str(tmp_path / "run"), *FLAGS, "--rounds=0", "--quiet"]) == 0
     assert main(["run", "miniature", "--out", str(tmp_path / "run"), *FLAGS, "--rounds=1", "--quiet"]) == 2
     assert "rounds" in capsys.readouterr().err
+
+
+def test_what_changes_no_result_may_change(tmp_path):
+    command = ["run", "miniature", "--out", str(tmp_path / "run"), *FLAGS, "--rounds=0", "--quiet"]
+    assert main(command) == 0
+    assert main([*command, "--max-ungraded", "0.5", "--device", "cpu"]) == 0
+
+
+def test_other_weights_are_another_run(tmp_path, capsys):
+    shutil.copytree(MODEL, tmp_path / "model")
+    command = ["run", "miniature", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"), *FLAGS]
+    assert main([*command, "--rounds=0", "--quiet"]) == 0
+    weights = tmp_path / "model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert main([*command, "--rounds=0", "--quiet"]) == 2
+    assert "sha256.model.safetensors" in capsys.readouterr().err
+
+
+def test_a_policy_update_that_fails_is_one_line(tmp_path, capsys):
+    command = ["run", "miniature", "--out", str(tmp_path / "run"), *FLAGS, "--keep-reward=0", "--quiet"]
+    assert main([*command, "--policy-learning-rate", "1e30"]) == 1
+    err = capsys.readouterr().err
+    assert "the policy's update failed" in err
+    assert err.count("\n") == 1
 
 
 def test_settings_from_a_file(tmp_path, capsys):
@@ -131,6 +159,13 @@ def test_no_two_settings_share_a_name():
         (["run", "knowledge", "--model", str(MODEL), "--out", "OUT"], "data: found ''"),
         (["run", "knowledge", "--model", str(MODEL), "--data", "absent.json", "--out", "OUT"], "absent.json"),
         (["run", "miniature", "--contexts", "1000", "--out", "OUT"], "contexts: found 1000; accepted: at most"),
+        (["run", "miniature", "--held-out-contexts", "10000", "--out", "OUT"], "held_out_contexts: found 10000"),
+        (["run", "miniature", "--data", __file__, "--out", "OUT"], "data: found"),
+        (["run", "miniature", "--writer", "nobody", "--out", "OUT"], "writer: found 'nobody'"),
+        (["run", "miniature", "--grader", "model", "--out", "OUT"], "grader: found 'model'"),
+        (["run", "miniature", "--chat", "--out", "OUT"], "chat_template"),
+        (["run", "miniature", "--targets", "nonsense", "--out", "OUT"], "nonsense"),
+        (["tiny", "train", "--out", "OUT", "--seed", "-1"], "--seed: found -1"),
         (["run", "miniature", "--keep", "none", "--out", "OUT"], "--keep"),
         (["run", "miniature", "--seeds", "a", "--out", "OUT"], "--seeds"),
         (["resume", "OUT"], "ledger.sqlite: missing"),
@@ -146,7 +181,7 @@ def test_mistakes(tmp_path, capsys, monkeypatch, arguments, message):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert not (tmp_path / "OUT").exists() or not (tmp_path / "OUT/ledger.sqlite").stat().st_size > 10**6
+    assert not (tmp_path / "OUT").exists(), "a run that was refused has claimed no directory"
 
 
 def test_train_then_generate(tmp_path, capsys):

@@ -110,7 +110,7 @@ def complete(
         bodies = [json.dumps({**one, **fields}, allow_nan=False).encode() for one in asked]
     except (TypeError, ValueError) as error:
         raise InputError(f"endpoint.fields: {error}; accepted: what JSON can hold") from None
-    call = _Call(endpoint, _read_key(endpoint.key_variable))
+    call = _Call(endpoint, read_key(endpoint.key_variable))
     pool = ThreadPoolExecutor(min(endpoint.concurrency, max(1, len(prompts))))
     try:
         return list(pool.map(call.ask, bodies))
@@ -119,7 +119,7 @@ def complete(
         pool.shutdown(cancel_futures=True)
 
 
-def _read_key(variable: str | None) -> str | None:
+def read_key(variable: str | None) -> str | None:
     if not variable:
         return None
     key = os.environ.get(variable, "").strip()

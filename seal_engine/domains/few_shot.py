@@ -79,11 +79,16 @@ class FewShotConfig:
             parse(directive.to_json())
         self.job([[0, 0]], 1e-4, 1).check()
 
+    @property
+    def lora(self) -> LoraConfig:
+        """Of each adapter."""
+        targets = "all-linear" if self.targets == ("all-linear",) else self.targets
+        return LoraConfig(self.rank, self.alpha, target_modules=targets)
+
     def job(self, sequences: Sequence, learning_rate: float, epochs: int) -> TrainJob:
         """The inner loop on some training sequences."""
-        targets = "all-linear" if self.targets == ("all-linear",) else self.targets
         return TrainJob(
-            sequences, LoraConfig(self.rank, self.alpha, target_modules=targets), learning_rate, self.lr_scheduler,
+            sequences, self.lora, learning_rate, self.lr_scheduler,
             warmup_steps=self.warmup_steps, num_epochs=epochs, batch_size=self.batch_size,
         )  # fmt: skip
 
@@ -199,8 +204,8 @@ class FewShot:
         made = {}
         if self.config.fixed_directive:
             text = parse(self.config.fixed_directive).to_json()
-            made["fixed directive"] = Writer(lambda contexts: [[text]] * len(contexts))
+            made["fixed directive"] = Writer(lambda contexts, _: [[text]] * len(contexts))
         texts = [directive.to_json() for directive in self.config.grid()]
         if texts:
-            made["best directive of a grid"] = Writer(lambda contexts: [texts] * len(contexts), best=True)
+            made["best directive of a grid"] = Writer(lambda contexts, _: [texts] * len(contexts), best=True)
         return made

@@ -4,14 +4,15 @@ A self-edit is text about the passage, cut into training sequences (see self_edi
 which {title}, {context} and {question} stand for themselves.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from seal_engine.domains.endpoint import Endpoint, complete
+from seal_engine.domains.endpoint import Endpoint, complete, count_errors, read_key
 from seal_engine.domains.grading import GRADERS, Grader, make_grader
 from seal_engine.domains.passages import Passage
 from seal_engine.domains.results import Article, Asked, Judged, Result
@@ -51,7 +52,7 @@ class KnowledgeConfig:
     epochs: int = setting(10, "over a self-edit's training sequences")
     batch_size: int = setting(1, "training sequences in a microbatch")
     gradient_accumulation_steps: int = setting(1, "microbatches in an optimizer step")
-    passage_copies: int = setting(8, "of the passage alone, in the baseline with a self-edit's steps")
+    passage_copies: int = setting(8, "of the passage alone, in the baseline that takes about a self-edit's steps")
     answer_tokens: int = setting(64, "of an answer at most")
     answer_stop: str = setting("", "text that ends an answer")
     grader: str = setting("contains", "how answers are graded", GRADERS)
@@ -62,6 +63,7 @@ class KnowledgeConfig:
     endpoint_key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds its key")
     endpoint_self_edits: int = setting(0, "self-edits for each context to have written there")
     endpoint_concurrency: int = setting(8, "requests there at once")
+    endpoint_timeout: float = setting(120.0, "seconds that a request there may take")
 
     def __post_init__(self):
         for name, least in (
@@ -75,12 +77,16 @@ class KnowledgeConfig:
         require(bool(self.endpoint) or not needs, "endpoint", self.endpoint, "a URL, as grader or self-edits need one")
         self.job(["text"]).check()
 
+    @property
+    def lora(self) -> LoraConfig:
+        """Of each adapter."""
+        targets = "all-linear" if self.targets == ("all-linear",) else self.targets
+        return LoraConfig(self.rank, self.alpha, self.dropout, targets)
+
     def job(self, sequences: Sequence[str]) -> TrainJob:
         """The inner loop on some training sequences."""
-        whole = self.targets == ("all-linear",)
-        lora = LoraConfig(self.rank, self.alpha, self.dropout, "all-linear" if whole else self.targets)
         return TrainJob(
-            sequences, lora, self.learning_rate, self.lr_scheduler,
+            sequences, self.lora, self.learning_rate, self.lr_scheduler,
             num_epochs=self.epochs, batch_size=self.batch_size, append_eos=self.append_eos,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
         )  # fmt: skip
@@ -90,8 +96,12 @@ class KnowledgeConfig:
         if not self.endpoint:
             return None
         return Endpoint(
-            self.endpoint, self.endpoint_model, self.endpoint_key_variable, self.endpoint_concurrency
+            self.endpoint, self.endpoint_model, self.endpoint_key_variable, self.endpoint_concurrency,
+            self.endpoint_timeout,
         )  # fmt: skip
+
+
+log = logging.getLogger("seal_engine")
 
 
 class Knowledge:
@@ -103,9 +113,8 @@ class Knowledge:
         engine: Engine,
         train: Sequence[Passage] | None = None,
         held_out: Sequence[Passage] | None = None,
-        writers: Mapping[str, Writer] | None = None,
     ):
-        """train, held_out: in place of config's files. writers: beside the file's and the endpoint's."""
+        """train, held_out: in place of config's files."""
         self.config = config
         self.engine = engine
         if train is None or held_out is None:
@@ -116,15 +125,21 @@ class Knowledge:
         self.answer_params = SamplingParams(
             temperature=0, max_tokens=config.answer_tokens, stop=config.answer_stop or None
         )
-        names = ("prompt_template", "question_template", "reading_template")
-        self.templates = {name: read_template(getattr(config, name), f"{name}.txt") for name in names}
+        needs = {
+            "prompt_template": ["context"], "question_template": ["question"],
+            "reading_template": ["context", "question"],
+        }  # fmt: skip
+        self.templates = {k: read_template(getattr(config, k), f"{k}.txt", *names) for k, names in needs.items()}
+        endpoint = config.make_endpoint()
+        if endpoint is not None:
+            read_key(endpoint.key_variable)  # a key that is not there is missed now
         self.grader: Grader = make_grader(
-            config.grader, engine, config.make_endpoint(), read_template(config.grade_template, "grade.txt")
+            config.grader, engine, endpoint, read_template(config.grade_template, "grade.txt")
         )
-        self._writers = dict(writers or {})
+        self._writers: dict[str, Writer] = {}
         if config.self_edits_file:
             known = {(p.title, p.context): p.completions for p in read_passages(config.self_edits_file)}
-            self._writers["file"] = Writer(lambda contexts: [known.get(self._key(c), ()) for c in contexts])
+            self._writers["file"] = Writer(lambda contexts, _: [known.get(self._key(c), ()) for c in contexts])
         if config.endpoint_self_edits:
             self._writers["endpoint"] = Writer(self._ask_endpoint)
 
@@ -135,6 +150,10 @@ class Knowledge:
     def prompt(self, context: str) -> Prompt:
         """What the policy continues with a self-edit."""
         return self._fill("prompt_template", context)
+
+    def prompt_text(self, context: str) -> str:
+        """The same as text, outside a chat."""
+        return self._text("prompt_template", context)
 
     def job(self, context: str, self_edit: str) -> TrainJob:
         """The inner loop on the pieces of a self-edit. Raises RefusedError where there is none."""
@@ -159,7 +178,7 @@ class Knowledge:
         return [[next(grades) for _ in answers] for _, answers in answered]
 
     def baselines(self) -> Mapping[str, Callable[[str], Sequence[Attempt]]]:
-        """No adapter; the passage in the prompt; the passage alone, once and as often as a self-edit has sequences."""
+        """No adapter; the passage in the prompt; the passage alone, once and passage_copies times."""
         made = {
             "no adapter": lambda c: [Attempt(None, self.questions(c))],
             "passage in the prompt": lambda c: [Attempt(None, self._reading(c))],
@@ -173,6 +192,10 @@ class Knowledge:
     def writers(self) -> Mapping[str, Writer]:
         """Self-edits from a file, from an endpoint, and what else was given."""
         return self._writers
+
+    def add_writer(self, name: str, writer: Writer) -> None:
+        """Someone else whose self-edits are measured, too."""
+        self._writers[name] = writer
 
     def _passage_attempt(self, copies: int, context: str) -> list[Attempt]:
         passage = self.passages[context]
@@ -188,10 +211,13 @@ class Knowledge:
     def _reading(self, context: str) -> list[Prompt]:
         return [self._fill("reading_template", context, q.question) for q in self.passages[context].questions]
 
-    def _fill(self, template: str, context: str, question: str = "") -> Prompt:
+    def _text(self, template: str, context: str, question: str = "") -> str:
         passage = self.passages[context]
         values = {"title": passage.title, "context": passage.context, "question": question}
-        text = fill(self.templates[template], values)
+        return fill(self.templates[template], values)
+
+    def _fill(self, template: str, context: str, question: str = "") -> Prompt:
+        text = self._text(template, context, question)
         if not self.config.chat:
             return text
         turn = [{"role": "user", "content": text}]
@@ -201,16 +227,16 @@ class Knowledge:
         passage = self.passages[context]
         return passage.title, passage.context
 
-    def _ask_endpoint(self, contexts: Sequence[str]) -> list[list[str | None]]:
+    def _ask_endpoint(self, contexts: Sequence[str], params: SamplingParams) -> list[list[str | None]]:
         endpoint, count = self.config.make_endpoint(), self.config.endpoint_self_edits
         if endpoint is None:
             raise InputError("endpoint: found nothing; accepted: a URL")
-        prompts = [
-            fill(self.templates["prompt_template"], {"title": p.title, "context": p.context})
-            for p in (self.passages[context] for context in contexts)
-            for _ in range(count)
-        ]
-        replies = iter(complete(endpoint, prompts, max_tokens=1024, temperature=1.0))
+        prompts = [self.prompt_text(context) for context in contexts for _ in range(count)]
+        endpoint = replace(endpoint, fields={"top_p": params.top_p})
+        found = complete(endpoint, prompts, params.max_tokens, params.temperature)
+        for reason, failed in count_errors(found).items():
+            log.warning("%d of %d self-edits could not be had: %s", failed, len(found), reason)
+        replies = iter(found)
         return [[next(replies).text for _ in range(count)] for _ in contexts]
 
     def result(self, ledger: Ledger, seed: int, round_number: int) -> Result:
@@ -221,20 +247,22 @@ class Knowledge:
         edits: dict[str, list[SelfEdit]] = {}
         for edit in ledger.self_edits(seed, phase):
             edits.setdefault(edit.context, []).append(edit)
-        repeats = range(1 + max((repeat for _, _, repeat in trials), default=0))
+        repeats = range(int(ledger.config.get("repeats", 1)))
         articles = []
         for context, written in edits.items():
             passage, judged = self.passages[context], []
             for edit in written:
                 own = (_asked(passage, r, before[context], trials.get((context, edit.index, r))) for r in repeats)
                 judged.append(Judged(edit.text, tuple(chain.from_iterable(own))))
-            prompt = fill(self.templates["prompt_template"], vars(passage))
+            prompt = self.prompt_text(context)
             articles.append(Article(passage.title, passage.context, tuple(judged), prompt))
         lora = {
             "rank": c.rank, "alpha": c.alpha, "dropout": c.dropout, "epochs": c.epochs, "lr": c.learning_rate,
             "batch_size": c.batch_size, "grad_accum_steps": c.gradient_accumulation_steps,
         }  # fmt: skip
-        model, stamp = Path(str(ledger.config.get("model", ""))).name, datetime.now(UTC).strftime("%m%d_%H%M%S")
+        model = Path(str(ledger.config.get("model", ""))).name
+        finished = {unit: when for unit, when, _ in ledger.units()}.get(f"seed {seed}, {phase}", ledger.started)
+        stamp = datetime.fromisoformat(finished).strftime("%m%d_%H%M%S")
         count = max(map(len, edits.values()), default=0)
         return Result(tuple(articles), stamp, model, c.data, c.split_newlines, count, len(repeats), lora)
 
@@ -260,5 +288,9 @@ def _read_data(config: KnowledgeConfig) -> tuple[list[Passage], list[Passage]]:
     accepted = f"at most {most}, as {config.held_out_data or config.data} has {len(rest)} passages"
     require(wanted <= most, "held_out_contexts", wanted, accepted)
     if config.held_out_data:
+        learned = {(passage.title, passage.context) for passage in passages}
+        both = next((p for p in rest[:wanted] if (p.title, p.context) in learned), None)
+        found = "" if both is None else f"{both.title}: {both.context:.40}..."
+        require(both is None, "held_out_data", found, "passages that are not in data")
         return passages, rest[:wanted]
     return passages[: len(passages) - wanted], passages[len(passages) - wanted :]

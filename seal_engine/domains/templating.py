@@ -5,17 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from seal_engine.files import read_text
-from seal_engine.types import InputError
+from seal_engine.types import InputError, require
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def read_template(path: str, shipped: str) -> str:
-    """A template's text; path "": the shipped one."""
+def read_template(path: str, shipped: str, *needed: str) -> str:
+    """A template's text without its last newline, which editors add; path "": the shipped one.
+
+    InputError where it is missing, or lacks one of the {names} that it needs.
+    """
     text = read_text(Path(path) if path else TEMPLATES / shipped)
     if text is None:
         raise InputError(f"{path}: missing; accepted: a file with a template")
-    return text
+    for name in needed:
+        require(f"{{{name}}}" in text, path or shipped, f"no {{{name}}}", f"a template with {{{name}}}")
+    return text.removesuffix("\n")
 
 
 def fill(template: str, values: Mapping[str, object]) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
 from seal_engine.loop import Writer
+from seal_engine.requests import SamplingParams
 from seal_engine.tiny import MODEL
-from seal_engine.tiny.world import ORACLE, TEMPLATES, World, write
+from seal_engine.tiny.world import ORACLE, TEMPLATES, World, WorldPassage, write
+from seal_engine.types import require
 
 TRAIN_PASSAGES, PASSAGES_SEED = 96, 0
 BEST_STYLE = "best style, by template"
@@ -48,14 +50,17 @@ MINIATURE = {
 
 def make_miniature(config: KnowledgeConfig, engine: Engine) -> Knowledge:
     """Passages of the shipped world: people that the model never met."""
-    world = World()
+    for name in ("data", "held_out_data"):
+        require(not getattr(config, name), name, getattr(config, name), "nothing: the miniature has a world of its own")
+    world, wanted = World(), config.held_out_contexts
+    require(wanted <= len(world.heldout), "held_out_contexts", wanted, f"at most {len(world.heldout)}")
     train = world.passages("train", TRAIN_PASSAGES, PASSAGES_SEED)
     held_out = world.passages("heldout", config.held_out_contexts, PASSAGES_SEED)
-    notes = [[write(ORACLE, passage, random.Random(passage.title))] for passage in held_out]
+    domain = Knowledge(config, engine, train, held_out)
 
-    def best_style(contexts: Sequence[str]) -> list[list[str]]:
-        if len(contexts) != len(notes):
-            raise ValueError(f"contexts: found {len(contexts)}; accepted: the {len(notes)} held out")
-        return notes
+    def best_style(contexts: Sequence[str], _: SamplingParams) -> list[list[str]]:
+        people = (domain.passages[context] for context in contexts)
+        return [[write(ORACLE, one, random.Random(one.title))] for one in people if isinstance(one, WorldPassage)]
 
-    return Knowledge(config, engine, train, held_out, {BEST_STYLE: Writer(best_style)})
+    domain.add_writer(BEST_STYLE, Writer(best_style))
+    return domain

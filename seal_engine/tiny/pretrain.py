@@ -308,7 +308,7 @@ def save(out: Path, recipe: Recipe, model: Llama, tokenizer: tokenizers.Tokenize
         "num_key_value_heads": recipe.heads,
         "head_dim": recipe.hidden // recipe.heads,
         "hidden_act": "silu",
-        "max_position_embeddings": 2048,  # longer than any training document: real passages have more bytes
+        "max_position_embeddings": 4096,  # longer than any training document: real passages have more bytes
         "rms_norm_eps": 1e-5,
         "rope_theta": recipe.rope_theta,
         "tie_word_embeddings": True,

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seal_engine.domains.passages import Passage, Question
+from seal_engine.domains.templating import read_template
 
 TEMPLATES = Path(__file__).parent
-SELF_EDIT_PROMPT = (TEMPLATES / "self_edit.txt").read_text("utf-8")  # {context}: notes follow, a line each
-QUESTION_PROMPT = (TEMPLATES / "question.txt").read_text("utf-8")  # {question}: the answer follows
-READING_PROMPT = (TEMPLATES / "reading.txt").read_text("utf-8")  # {context} and {question}: the answer follows
+SELF_EDIT_PROMPT = read_template(str(TEMPLATES / "self_edit.txt"), "")  # {context}: notes follow, a line each
+QUESTION_PROMPT = read_template(str(TEMPLATES / "question.txt"), "")  # {question}: the answer follows
+READING_PROMPT = read_template(str(TEMPLATES / "reading.txt"), "")  # {context} and {question}: the answer follows
 
 
 @dataclass(frozen=True)
