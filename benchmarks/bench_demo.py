@@ -15,6 +15,7 @@ from seal_engine.ledger import Ledger
 from seal_engine.report import write_report
 
 SEEDS = (0, 1, 2)
+pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the miniature is for machines without a GPU")
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["rewards", "shuffled rewards"])
