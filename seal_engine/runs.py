@@ -140,7 +140,7 @@ def resume(directory: str | Path, say: Callable[[str], None] = print, progress: 
 def _fingerprint(model: Path) -> dict[str, str]:
     """What tells this checkpoint from another: small files whole, of large ones the size and both ends."""
     found = {}
-    for file in sorted(model.glob("*.safetensors")) + [model / "config.json", model / "tokenizer.json"]:
+    for file in [*sorted(model.glob("*.safetensors")), model / "config.json", model / "tokenizer.json"]:
         if file.exists():
             with file.open("rb") as stream:
                 size = stream.seek(0, os.SEEK_END)
