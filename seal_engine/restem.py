@@ -123,8 +123,10 @@ class ReSTEM:
         phase, directory = f"round {round_number}", self.ledger.policy_directory(self.seed, round_number)
         if not self.ledger.finished(self._unit(phase)):
             start = perf_counter()
-            kept = self.select(round_number)
-            job = self._policy_job(round_number, kept)
+            chosen = self.select(round_number)
+            kept, job = self._policy_job(round_number, chosen)
+            if len(kept) < len(chosen):
+                self.say(f"{phase}: {len(chosen) - len(kept)} kept self-edits are left out: longer than the model")
             losses: list[float] = []
             if job is not None:
                 (result,) = self.engine.train([job], progress=self.progress)
@@ -153,17 +155,23 @@ class ReSTEM:
         else:
             self.policy = adapter
 
-    def _policy_job(self, round_number: int, kept: Sequence[SelfEdit]) -> TrainJob | None:
-        if not kept:
-            return None
-        sequences = []
-        for edit in kept:
+    def _policy_job(self, round_number: int, chosen: Sequence[SelfEdit]) -> tuple[list[SelfEdit], TrainJob | None]:
+        """The chosen self-edits that fit the model after their prompt, and the fine-tuning on them; None if none do.
+
+        Those that the policy sampled do; another writer's may not.
+        """
+        kept, sequences = [], []
+        for edit in chosen:
             prompt = self.engine.inputs.token_ids(self.domain.prompt(edit.context), "prompt")
+            if len(prompt) + len(edit.token_ids) > self.engine.config.max_position_embeddings:
+                continue
+            kept.append(edit)
             mask = [0] * len(prompt) + [1] * len(edit.token_ids)
             sequences.append(TrainSequence([*prompt, *edit.token_ids], mask))
-        job = self.config.policy_job(sequences)
-        return replace(
-            job,
+        if not kept:
+            return [], None
+        return kept, replace(
+            self.config.policy_job(sequences),
             seed=number(self.seed, round_number, "policy"),
             init_from=self.policy,
             checkpoint_dir=self._checkpoint(round_number),
@@ -277,14 +285,10 @@ class ReSTEM:
 
     def _given(self, phase: str, contexts: Sequence[str], writer: Writer) -> list[SelfEdit]:
         edits, end = [], self.engine.stop_token_ids[:1]  # a policy that learns from them learns to end, too
-        longest = self.engine.config.max_position_embeddings
         for context, texts in zip(contexts, writer.write(contexts, self._sampling()), strict=True):
-            prompt = self.engine.inputs.token_ids(self.domain.prompt(context), "prompt")
             for index, text in enumerate(texts or [None]):
                 ids = [] if text is None else self.engine.tokenizer.encode(text, add_special_tokens=False)
                 refused = NOT_HAD if text is None else self._refusal(context, text)[0]
-                if len(prompt) + len(ids) + len(end) > longest:
-                    refused = f"{len(ids)} tokens after a prompt of {len(prompt)}: longer than the model ({longest})"
                 edits.append(SelfEdit(self.seed, phase, context, index, text or "", (*ids, *end), None, 1, refused))
         return edits
 

@@ -339,12 +339,15 @@ def test_too_many_without_a_grade_stop_the_run_which_can_go_on(tmp_path):
     assert run(tmp_path / "run", CONFIG)[0] == run(tmp_path / "other", CONFIG)[0]
 
 
-def test_a_self_edit_longer_than_the_model_is_refused(tmp_path):
-    writer = Writer(lambda contexts, _: [["good" * 20, "good"] for _ in contexts])
-    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=1, repeats=1, writer="w"), ToyDomain(2, {"w": writer}))
-    refused = [e["refused"] for e in contents["self_edits"] if e["phase"] == "round 1"]
-    assert refused == ["80 tokens after a prompt of 13: longer than the model (60)", None] * 2
-    assert contents["policies"][0]["kept"] == [["train 0", 1], ["train 1", 1]]
+def test_a_self_edit_that_is_too_long_for_the_policy_is_measured_but_not_learned(tmp_path):
+    texts = {"train 0": ["good" * 20, "bad"], "train 1": ["bad", "good"]}
+    writer = Writer(lambda contexts, _: [texts.get(context, ["bad"]) for context in contexts])
+    config = LoopConfig(rounds=1, repeats=1, writer="w")
+    contents, said, _ = run(tmp_path / "run", config, ToyDomain(2, {"w": writer}))
+    trials = [t for t in contents["trials"] if t["phase"] == "round 1"]
+    assert [t["grades"] for t in trials] == [[1.0] * 2, [0.0] * 2, [0.0] * 2, [1.0] * 2]
+    assert contents["policies"][0]["kept"] == [["train 1", 1]]
+    assert "round 1: 1 kept self-edits are left out: longer than the model" in said
 
 
 @pytest.mark.parametrize(
