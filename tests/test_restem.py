@@ -42,7 +42,7 @@ class ToyEngine:
         self.merged = []
         self.trained = []
         self.stop_token_ids = (9,)
-        self.config = SimpleNamespace(max_position_embeddings=60)
+        self.config = SimpleNamespace(max_position_embeddings=2000)
         self.inputs = SimpleNamespace(token_ids=lambda prompt, name: list(map(ord, prompt)))
         self.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(map(ord, text)))
 
@@ -340,7 +340,7 @@ def test_too_many_without_a_grade_stop_the_run_which_can_go_on(tmp_path):
 
 
 def test_a_self_edit_that_is_too_long_for_the_policy_is_measured_but_not_learned(tmp_path):
-    texts = {"train 0": ["good" * 20, "bad"], "train 1": ["bad", "good"]}
+    texts = {"train 0": ["good" * 500, "bad"], "train 1": ["bad", "good"]}
     writer = Writer(lambda contexts, _: [texts.get(context, ["bad"]) for context in contexts])
     config = LoopConfig(rounds=1, repeats=1, writer="w")
     contents, said, _ = run(tmp_path / "run", config, ToyDomain(2, {"w": writer}))
