@@ -19,7 +19,7 @@ timeout 220 "$python" -m pytest tests/kernels tests/test_gpu.py -q -x -k 'not co
   tee "$out/gpu_tests.log"
 status=$?
 # What matters most first, and each group's results on disk before the next begins: nine minutes are soon over.
-for group in 'bench_train' 'bench_lora bench_adamw' 'bench_paged_attention bench_sampling bench_sample' \
+for group in 'bench_train bench_scaling' 'bench_lora bench_adamw' 'bench_paged_attention bench_sampling bench_sample' \
   'bench_attention bench_cross_entropy bench_linear bench_model bench_rms_norm bench_rotary bench_swiglu'; do
   left=$((520 - SECONDS))
   if ((left < 20)); then

@@ -23,7 +23,7 @@ def load(directory: Path, name: str) -> tuple[list[dict[str, Any]], str]:
 
 def scaling(directory: Path, device: str) -> None:
     """Adapters trained at once against throughput (of one adapter's) and memory."""
-    rows, where = load(directory, f"bench_train_{device}")
+    rows, where = load(directory, f"bench_scaling_{device}")
     lines = defaultdict(list)
     for row in rows:
         if "of_one_adapter" in row:
