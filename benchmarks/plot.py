@@ -70,7 +70,7 @@ def _save(figure: Any, file: Path, title: str, where: str) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else measure.RESULTS
-    for plot, benchmark in ((scaling, "bench_train"), (cost_of_adapters, "bench_sample")):
+    for plot, benchmark in ((scaling, "bench_scaling"), (cost_of_adapters, "bench_sample")):
         for kind in ("cpu", "cuda"):
             if (target / f"{benchmark}_{kind}.json").exists():
                 plot(target, kind)
