@@ -13,6 +13,9 @@ import matplotlib.pyplot as plt
 
 import measure
 
+# A CPU's peak is read from what the process holds, which is too coarse for small steps.
+MEMORY = {"cuda": "peak memory beside the base, MiB", "cpu": "parameters, gradients and moments, MiB"}
+
 
 def load(directory: Path, name: str) -> tuple[list[dict[str, Any]], str]:
     """A benchmark's rows, and what they were measured on."""
@@ -34,12 +37,12 @@ def scaling(directory: Path, device: str) -> None:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     for label, points in lines.items():
-        adapters, speed, peak, _ = zip(*points, strict=True)
+        adapters, speed, peak, state = zip(*points, strict=True)
         left.plot(adapters, speed, marker="o", label=label)
-        right.plot(adapters, peak, marker="o", label=label)
+        right.plot(adapters, peak if device == "cuda" else state, marker="o", label=label)
     left.axhline(0.9, color="grey", linestyle=":", linewidth=1)
     left.set(xscale="log", xlabel="adapters", ylabel="tokens/s, of one adapter's", ylim=0)
-    right.set(xscale="log", yscale="log", xlabel="adapters", ylabel="peak memory beside the base, MiB")
+    right.set(xscale="log", yscale="log", xlabel="adapters", ylabel=MEMORY[device])
     left.legend(fontsize=7)
     _save(figure, directory / f"train_scaling_{device}.svg", "Training: adapters at once, same tokens a step", where)
 
