@@ -215,7 +215,7 @@ class TextForm:
 
 
 def _template(path: str, shipped: str, *names: str) -> str:
-    text = read_template(path, shipped).removesuffix("\n")
+    text = read_template(path, shipped)
     for name in names:
         require(text.count(name) == 1, f"{path or shipped}: {name}", text.count(name), "once")
     return text
