@@ -1,4 +1,4 @@
-"""The demo's whole loop, timed and recorded: accuracy of every method over three seeds, and the control.
+"""The demos' whole loops, timed and recorded: accuracy of every method over three seeds, and the control.
 
 The control is the same loop, but each self-edit is given the reward of another: what then remains of the gain does not
 come from rewards.
@@ -13,29 +13,33 @@ import measure
 from seal_engine import runs
 from seal_engine.ledger import Ledger
 from seal_engine.report import write_report
+from seal_engine.verbs_run import DEMOS
 
 SEEDS = (0, 1, 2)
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the miniature is for machines without a GPU")
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["rewards", "shuffled rewards"])
-def test_demo(benchmark, record, request, tmp_path, control):
+@pytest.mark.parametrize("task", sorted(DEMOS))
+def test_demo(benchmark, record, request, tmp_path, task, control):
     directory, settings = tmp_path / "run", {"seeds": SEEDS, "shuffle_rewards": control}
     start = perf_counter()
-    run = lambda: runs.start("miniature", settings, directory, lambda line: None, progress=False)  # noqa: E731
+    run = lambda: runs.start(DEMOS[task], settings, directory, lambda line: None, progress=False)  # noqa: E731
     benchmark.pedantic(run, rounds=1, iterations=1)
     seconds = perf_counter() - start
     with Ledger.read(directory) as ledger:
         found, trials = runs.rows(ledger), ledger.trials()
     for row in found:
         record(
-            task="knowledge", rewards="shuffled" if control else "own", method=row.name,
+            task=task, rewards="shuffled" if control else "own", method=row.name,
             accuracy=row.mean, sd=row.deviation, seeds=len(row.accuracies),
         )  # fmt: skip
     adapters, tokens = sum(trial.num_steps > 0 for trial in trials), sum(trial.num_tokens for trial in trials)
-    record(task="knowledge", rewards="shuffled" if control else "own", method="the whole run", seconds=seconds,
+    record(task=task, rewards="shuffled" if control else "own", method="the whole run", seconds=seconds,
            adapters=adapters, tokens=tokens)  # fmt: skip
     results = request.config.getoption("--record")
     if results is not None and not control:
         write_report(directory)
-        shutil.copy(directory / "accuracy.png", results / f"demo_knowledge_accuracy_{measure.DEVICE.type}.png")
+        for file in (directory / "accuracy.png", directory / "puzzles.png"):
+            if file.exists():
+                shutil.copy(file, results / f"demo_{task}_{file.stem}_{measure.DEVICE.type}.png")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import measure
+from bench_train import load_base
 from seal_engine import Adapter, Engine, LoraConfig, SamplingParams
-from seal_engine.checkpoint import save_model
 from shapes import random_model
 
 GPU = measure.DEVICE.type == "cuda"
@@ -45,17 +45,22 @@ def make_adapters(engine: Engine, count: int) -> list[Adapter]:
     return adapters
 
 
+def generate_padded(model: Any, prompts: list[list[int]], tokens: int, **options: Any) -> list[list[int]]:
+    """`tokens` tokens for each prompt by Transformers' generate, as one batch padded on the left; greedy by default."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=measure.DEVICE)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=measure.DEVICE)
+    options = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0, **options}
+    return model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:].tolist()
+
+
 class Padded:
     """Transformers' generate on left-padded batches; with adapters, PEFT's."""
 
     def __init__(self, engine: Engine, adapters: list[Adapter], directory):
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
-        save_model(engine.model, directory / "base")
-        base: Any = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=DTYPE, attn_implementation="sdpa")
-        self.model: Any = base.to(measure.DEVICE)
-        self.model.generation_config.eos_token_id = None
+        self.model = load_base(engine, directory / "base")
         for i, adapter in enumerate(adapters):
             adapter.save(directory / f"adapter{i}")
             if i == 0:
@@ -64,23 +69,13 @@ class Padded:
                 self.model.load_adapter(directory / f"adapter{i}", adapter_name=str(i))
         self.model.eval()
 
-    def batch(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        """`tokens` greedy tokens for each prompt."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=measure.DEVICE)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=measure.DEVICE)
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0
-        )
-        return out[:, width:].tolist()
-
     def all(self, prompts: list[list[int]], answers: list[int], size: int) -> list[list[int]]:
         """The answers, in batches of `size` prompts of similar length."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         found: dict[int, list[int]] = {}
         for first, last in pairwise([*range(0, len(order), size), len(order)]):
             members = order[first:last]
-            outs = self.batch([prompts[i] for i in members], max(answers[i] for i in members))
+            outs = generate_padded(self.model, [prompts[i] for i in members], max(answers[i] for i in members))
             found |= {i: out[: answers[i]] for i, out in zip(members, outs, strict=True)}
         return [found[i] for i in range(len(prompts))]
 

@@ -6,6 +6,8 @@ fused AdamW; "padded" is the published recipe instead, every sequence padded to 
 some of them are timed, and the figure is a token's.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,35 +40,49 @@ def make_sequences(count: int, vocab_size: int) -> list[list[int]]:
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
+# Token ids and labels of a step's sequences, padded on the right; a label of -100 counts for nothing.
+Batch = tuple[list[list[int]], list[list[int]]]
+
+
+def load_base(engine: Engine, directory: Path) -> Any:
+    """The engine's model in Transformers, on the same device. No token ends what it generates."""
+    from transformers import AutoModelForCausalLM
+
+    save_model(engine.model, directory)
+    base: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=engine.model.dtype, attn_implementation="sdpa")
+    base.generation_config.eos_token_id = None
+    return base.to(measure.DEVICE)
+
+
 class OneAtATime:
     """PEFT on Transformers: jobs one after another."""
 
-    def __init__(self, engine: Engine, lora: LoraConfig, directory):
+    def __init__(self, base: Any, lora: LoraConfig):
         from peft import LoraConfig as PeftConfig
         from peft import get_peft_model
-        from transformers import AutoModelForCausalLM
 
-        save_model(engine.model, directory)
-        base = AutoModelForCausalLM.from_pretrained(directory, dtype=engine.model.dtype, attn_implementation="sdpa")
         config = PeftConfig(r=lora.r, lora_alpha=int(lora.lora_alpha), target_modules=list(lora.target_modules))
         self.model: Any = get_peft_model(base, config).to(measure.DEVICE)
         self.named = {n.replace(".default", ""): p for n, p in self.model.named_parameters() if p.requires_grad}
         for parameter in self.named.values():
             parameter.data = parameter.data.float()
 
-    def train(self, start: Adapter, ids: list[int], steps: int) -> list[float]:
-        """The losses of `steps` steps on one sequence, from the parameters of `start`."""
-        with torch.no_grad():
-            for name, a, b in start.projections():
-                self.named[f"base_model.model.{name}.lora_A.weight"].copy_(a)
-                self.named[f"base_model.model.{name}.lora_B.weight"].copy_(b.T)
-        parameters = list(self.named.values())
-        optimizer = torch.optim.AdamW(parameters, TrainJob.learning_rate, weight_decay=0.0, fused=True)
+    @torch.no_grad()
+    def load(self, adapter: Adapter) -> None:
+        """Take the parameters of an adapter."""
+        for name, a, b in adapter.projections():
+            self.named[f"base_model.model.{name}.lora_A.weight"].copy_(a)
+            self.named[f"base_model.model.{name}.lora_B.weight"].copy_(b.T)
+
+    def train(self, batches: Sequence[Batch], rate: float = TrainJob.learning_rate) -> list[float]:
+        """The losses of a step on each batch."""
+        parameters, steps = list(self.named.values()), len(batches)
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-        tokens = torch.tensor([ids], device=measure.DEVICE)
         losses = []
-        for _ in range(steps):
-            loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        for batch in batches:
+            tokens, labels = (torch.tensor(rows, device=measure.DEVICE) for rows in batch)
+            loss = self.model(input_ids=tokens, labels=labels, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -74,6 +90,11 @@ class OneAtATime:
             optimizer.zero_grad()
             losses.append(loss.item())
         return losses
+
+
+def alone(ids: list[int]) -> Batch:
+    """A step on one sequence, the loss on every token."""
+    return [ids], [ids]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "count", "rank", "targets"), CASES, ids=str)
@@ -86,22 +107,24 @@ def test_train(benchmark, record, tmp_path, shape, dtype, count, rank, targets):
         TrainJob([ids], init_from=start, num_epochs=STEPS, seed=None)
         for ids, start in zip(sequences, starts, strict=True)
     ]
-    baseline = OneAtATime(engine, lora, tmp_path / "checkpoint")
+    baseline = OneAtATime(load_base(engine, tmp_path / "checkpoint"), lora)
     sample = slice(None, None, 8)
     timed = list(zip(starts[sample], sequences[sample], strict=True))
     bound = 1e-3 if dtype == torch.float32 else 3e-2
     for result, (start, ids) in zip(engine.train(jobs, progress=False)[sample], timed, strict=True):
-        assert result.losses == pytest.approx(baseline.train(start, ids, STEPS), rel=bound), "a wrong result"
+        baseline.load(start)
+        assert result.losses == pytest.approx(baseline.train([alone(ids)] * STEPS), rel=bound), "a wrong result"
 
     def ours() -> None:
         assert all(result.error is None for result in engine.train(jobs, progress=False))
 
     def theirs() -> None:
         for start, ids in timed:
-            baseline.train(start, ids, STEPS)
+            baseline.load(start)
+            baseline.train([alone(ids)] * STEPS)
 
     def padded() -> None:
-        baseline.train(starts[0], sequences[0] + [0] * (PADDED - len(sequences[0])), 1)
+        baseline.train([alone(sequences[0] + [0] * (PADDED - len(sequences[0])))])
 
     measure.matrix_rate(dtype)
     times = measure.side_by_side(benchmark, [ours, theirs, padded], rounds=2)

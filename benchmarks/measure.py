@@ -95,7 +95,8 @@ _ceilings: dict[Any, float] = {}
 def matrix_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product of random data by the vendor's library: the ceiling for matrix work.
 
-    The best of all calls in this run. On the CPU always in float32, which is what the engine computes in there.
+    The best of all calls in this run. On the CPU always in float32: where it has bfloat16 instructions, products with
+    bfloat16 parameters may exceed it.
     """
     dtype = dtype if DEVICE.type == "cuda" else torch.float32
     n = 8192 if DEVICE.type == "cuda" else 2048

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
 
 import measure
 
@@ -64,6 +66,62 @@ def cost_of_adapters(directory: Path, device: str) -> None:
     _save(figure, directory / f"sample_adapters_{device}.svg", "Sampling: what distinct adapters cost", where)
 
 
+PARTS = {"sampling": "C0", "training": "C1", "asking": "C2", "updating": "C3"}
+
+
+def seal_round(directory: Path, device: str) -> None:
+    """A round's parts, stacked, beside the floor and PEFT; and each part's share of its floor."""
+    rows, where = load(directory, f"bench_seal_round_{device}")
+    cases: Mapping[str, dict[tuple[str, str], dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        plural = "passage" if row["passages"] == 1 else "passages"
+        cases[f"{row['shape']}, {row['dtype']}, {row['passages']} {plural}"][row["who"], row["part"]] = row
+    cases = {case: found for case, found in cases.items() if ("floor", "round") in found}  # the others were cut short
+    if not cases:
+        return
+    figure, axes = plt.subplots(2, len(cases), figsize=(5 * len(cases), 6.5), squeeze=False, height_ratios=(4, 3))
+    for (case, found), (whole, closer) in zip(cases.items(), axes.T, strict=True):
+        whos = [who for who, part in found if part == "round" and not who.startswith("host")]
+        whos.sort(key=lambda who: who != "floor")
+        _bars(whole, found, whos)
+        _bars(closer, found, whos[:3])
+        whole.set_title(case, fontsize=10)
+        closer.set_xlabel("seconds", fontsize=9)
+    handles = [Patch(color=color, label=part) for part, color in PARTS.items()]
+    handles.append(Patch(facecolor="white", edgecolor="grey", hatch="////", label="extrapolated"))
+    axes[0, 0].legend(handles=handles, fontsize=8)
+    _save(figure, directory / f"seal_round_{device}.svg", "A round of the published knowledge task", where)
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    places, width = [*PARTS, "round"], 0.8 / len(cases)
+    for i, (case, found) in enumerate(cases.items()):
+        shares = [found["seal_engine", part]["percent_of_floor"] for part in places]
+        axis.bar([k + i * width for k in range(len(places))], shares, width, label=case)
+    axis.set_xticks([k + 0.4 - width / 2 for k in range(len(places))], places)
+    axis.set(ylabel="floor over measured time, %", ylim=(0, 100))
+    axis.legend(fontsize=8)
+    _save(figure, directory / f"seal_round_floor_{device}.svg", "How near each part of a round is to its floor", where)
+
+
+def _bars(axis: Any, found: dict[tuple[str, str], dict[str, Any]], whos: list[str]) -> None:
+    """A lying bar of its parts for each of whos, with its whole and how much longer than ours that is."""
+    longest = 0.0
+    for place, who in enumerate(reversed(whos)):
+        start = 0.0
+        for part, color in PARTS.items():
+            row = found[who, part]
+            hatch = "////" if row.get("extrapolated_from") else None
+            axis.barh(place, row["seconds"], left=start, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+            start += row["seconds"]
+            longest = max(longest, start)
+        times = found[who, "round"]["seal_engine_times_faster"]
+        axis.text(
+            start, place, f" {start:{',.0f' if start >= 100 else '.3g'}} s ({times:.3g}x)", va="center", fontsize=8
+        )
+    axis.set_yticks(range(len(whos)), reversed(whos), fontsize=8)
+    axis.set_xlim(0, 1.45 * longest)
+
+
 def _save(figure: Any, file: Path, title: str, where: str) -> None:
     figure.suptitle(f"{title}\n{where}", fontsize=9)
     figure.tight_layout()
@@ -73,7 +131,9 @@ def _save(figure: Any, file: Path, title: str, where: str) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else measure.RESULTS
-    for plot, benchmark in ((scaling, "bench_scaling"), (cost_of_adapters, "bench_sample")):
+    for plot, benchmark in (
+        (scaling, "bench_scaling"), (cost_of_adapters, "bench_sample"), (seal_round, "bench_seal_round"),
+    ):  # fmt: skip
         for kind in ("cpu", "cuda"):
             if (target / f"{benchmark}_{kind}.json").exists():
                 plot(target, kind)

@@ -3,9 +3,12 @@
 import torch
 
 from seal_engine.config import ModelConfig
+from seal_engine.files import read_json
 from seal_engine.model import Model
+from seal_engine.tiny import MODEL
 
 SHAPES = {
+    "miniature": read_json(MODEL / "config.json"),
     "2m": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -27,6 +30,42 @@ SHAPES = {
         "num_key_value_heads": 2,
         "vocab_size": 8192,
         "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
         "tie_word_embeddings": True,
     },
     "qwen2.5-7b": {

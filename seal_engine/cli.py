@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from seal_engine import verbs_engine, verbs_run
+from seal_engine import verbs_bench, verbs_engine, verbs_run
 from seal_engine.restem import RunError
 from seal_engine.types import InputError
 
@@ -58,5 +58,6 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argp
     "generate": (verbs_engine.generate_arguments, verbs_engine.generate),
     "select": (verbs_run.select_arguments, verbs_run.select),
     "plan": (verbs_engine.plan_arguments, verbs_engine.plan),
+    "bench": (verbs_bench.bench_arguments, verbs_bench.bench),
     "tiny": (verbs_run.tiny_arguments, verbs_run.tiny),
 }

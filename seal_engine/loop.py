@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from seal_engine.jobs import SCHEDULERS, TrainJob, TrainSequence
-from seal_engine.requests import SamplingParams
+from seal_engine.requests import LogitsHook, SamplingParams
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, setting
 
 Prompt = str | list[int]
@@ -49,6 +49,10 @@ class Domain(Protocol):
 
     def prompt(self, context: str) -> Prompt:
         """What the policy continues with a self-edit."""
+        ...
+
+    def logits_hook(self, max_tokens: int) -> LogitsHook | None:
+        """What keeps the policy to self-edits, of at most so many tokens; None: it writes freely."""
         ...
 
     def job(self, context: str, self_edit: str) -> TrainJob:

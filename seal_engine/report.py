@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from seal_engine.domains.puzzle_picture import saved
 from seal_engine.ledger import PARTIAL, Ledger
 from seal_engine.report_data import PARTS, RunData, deviation, mean
 from seal_engine.report_html import (
@@ -49,6 +50,10 @@ ABOUT = {  # picture -> in words, and what is below it
         "A reward is the mean accuracy of the adapters trained on a self-edit. Those that were refused have none.",
     ),
     "time": ("Time by stage and part.", "Shares are of the whole run."),
+    "puzzles": (
+        "Held-out puzzles with the answers before and after.",
+        "Puzzles of the first seed: those gained, solved all along, never solved and lost, some of each.",
+    ),
 }
 
 
@@ -63,6 +68,9 @@ def write_report(directory: Path) -> Path:
     pictures = _draw(data)
     for name, picture in (pictures or {}).items():
         _replace(directory / f"{name}.png", picture)
+    puzzles = saved(directory)
+    if pictures is not None and puzzles is not None:
+        pictures["puzzles"] = puzzles
     # A model can write half a surrogate pair, which no file of text can hold.
     content = _page(data, measured, pictures).encode("utf-8", "replace")
     return _replace(directory / PAGE, content)
@@ -105,7 +113,7 @@ def _page(data: RunData, measured: Sequence[tuple[str, Sequence[float]]], pictur
             f"<h2>Accuracy</h2>\n{_accuracy(measured)}{images.get('accuracy', '')}",
             f"<h2>Held-out contexts, before and after</h2>\n{images.get('contexts', '')}{_contexts(data)}",
             f"<h2>What was kept</h2>\n{images.get('kept', '')}{_kept(data)}",
-            f"<h2>Examples</h2>\n{_examples(data)}",
+            f"<h2>Examples</h2>\n{images.get('puzzles', '')}{_examples(data)}",
             f"<h2>Time and cost</h2>\n{images.get('time', '')}{_cost(data)}",
         ],
     )

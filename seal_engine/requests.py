@@ -7,6 +7,9 @@ from torch import Tensor
 
 from seal_engine.types import is_integer, is_number, require
 
+# Called before each token with the completion's tokens so far and the logits [V]; returns what to draw from.
+LogitsHook = Callable[[list[int], Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -24,8 +27,7 @@ class SamplingParams:
     seed: int | None = None  # the same seed draws the same tokens, whatever else is sampled; None: one of its own
     logprobs: int | None = None  # report each token's log-probability, and those of this many most likely tokens
     prompt_logprobs: bool = False  # report the prompt's
-    # Called before each token with the completion's tokens so far and the logits [V]; returns what to draw from.
-    logits_hook: Callable[[list[int], Tensor], Tensor] | None = None
+    logits_hook: LogitsHook | None = None
 
     def __post_init__(self):
         for name, least in (("n", 1), ("top_k", 0), ("min_tokens", 0)):

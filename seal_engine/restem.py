@@ -63,6 +63,7 @@ def check(domain: Domain, config: LoopConfig) -> None:
         for context in domain.contexts(split)[:1]:
             domain.prompt(context)
             domain.questions(context)
+    domain.logits_hook(config.max_tokens)
 
 
 class ReSTEM:
@@ -260,7 +261,7 @@ class ReSTEM:
         """`count` self-edits of the policy for each context; those refused are drawn again, within a bound."""
         due = [(context, index) for context in contexts for index in range(count)]
         done: dict[tuple[str, int], SelfEdit] = {}
-        params, attempt = self._sampling(), 0
+        params, attempt = replace(self._sampling(), logits_hook=self.domain.logits_hook(self.config.max_tokens)), 0
         while due and attempt <= self.config.resamples:
             attempt += 1
             seeds = [number(self.seed, phase, *key, attempt) for key in due]

@@ -16,6 +16,7 @@ from typing import Any
 from seal_engine.adapters import adapter_layout
 from seal_engine.domains.few_shot import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
+from seal_engine.domains.puzzle_picture import write_puzzles
 from seal_engine.domains.seal_files import write_result, write_sft
 from seal_engine.engine import Engine
 from seal_engine.ledger import Ledger
@@ -23,6 +24,7 @@ from seal_engine.loop import Domain, LoopConfig
 from seal_engine.restem import TOGETHER, WRITTEN, ReSTEM, check
 from seal_engine.settings import defaults_of, make
 from seal_engine.tiny.demo import MINIATURE, make_miniature
+from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
 from seal_engine.types import InputError, require, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,12 +77,16 @@ def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
 TASKS = {
     "knowledge": Task(KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them"),
     "few-shot": Task(
-        FewShotConfig, FewShot, lambda domain, ledger: None, PUBLISHED,
+        FewShotConfig, FewShot, write_puzzles, PUBLISHED,
         "learn to solve puzzles (ARC): self-edits choose augmentations and hyper-parameters",
     ),
     "miniature": Task(
         KnowledgeConfig, make_miniature, write_seal_files, MINIATURE,
-        "the same with the shipped model, in a small world of invented people",
+        "knowledge with the shipped model, in a small world of invented people",
+    ),
+    "puzzle-miniature": Task(
+        FewShotConfig, make_puzzle_miniature, write_puzzles, PUZZLE_MINIATURE,
+        "few-shot with the shipped model, on small puzzles of its own",
     ),
 }  # fmt: skip
 

@@ -276,19 +276,29 @@ class Sampler:
         return (self.model.version,) if adapter is None else (self.model.version, adapter.uid, adapter.version)
 
     def _admit(self) -> None:
-        """Let waiting rows in: as many as can be worked on in this step, and have blocks for what they have so far."""
+        """Let waiting rows in: as many as can be worked on in this step, and have blocks for what they have so far.
+
+        A row whose next block is just being computed for another row waits for it: equal prompts are computed once.
+        """
         pool = self.cache.pool
         budget = self.token_budget - sum(row.todo for row in self._running)
+        coming = {self._next_block(row.root, row.tokens, row.computed) for row in self._running if row.todo > 1}
+        held: list[_Row] = []
         while self._waiting and len(self._running) < self.max_rows and (budget > 0 or not self._running):
             row = self._waiting[0]
             # Rows grow: one that was let in with no room beside it would soon be preempted again.
             root, reading = self._root(row), row.request.params.prompt_logprobs and not row.new_tokens
             reading = reading and row.completion.index == 0
             table = [] if reading else pool.match(root, row.tokens)
+            # The last token is left out, as it is always computed.
+            if not reading and self._next_block(root, row.tokens[:-1], len(table) * pool.block_size) in coming:
+                pool.free(table)
+                held.append(self._waiting.popleft())
+                continue
             needed = -(-len(row.tokens) // pool.block_size) - len(table) + len(self._running) // 8
             if needed > pool.num_available and self._running:
                 pool.free(table)
-                return
+                break
             self._waiting.popleft()
             if reading and root != row.root:
                 row.request.output.prompt_logprobs = []  # what there is was of another model
@@ -296,6 +306,13 @@ class Sampler:
             row.computed = len(row.table) * pool.block_size
             self._running[row] = None
             budget -= row.todo
+            coming.add(self._next_block(root, row.tokens, row.computed))
+        self._waiting.extendleft(reversed(held))
+
+    def _next_block(self, root: tuple[int, ...], tokens: list[int], computed: int) -> Any:
+        """A name for the first block that is not full yet: all tokens up to its end; without those, of its own."""
+        end = (computed // self.cache.pool.block_size + 1) * self.cache.pool.block_size
+        return (root, *tokens[:end]) if end <= len(tokens) else object()
 
     def _schedule(self) -> tuple[list[tuple[_Row, int]], list[tuple[int, int]]]:
         """(rows with the number of tokens to compute of each, blocks to copy before): continued rows come first."""

@@ -127,6 +127,14 @@ class Tokenizer:
                 text = text.replace(spaced, spaced.strip())
         return text
 
+    def pieces(self, count: int) -> list[tuple[str, str]]:
+        """For each id below count the text of that token alone, and what it adds to a text that has begun.
+
+        Both are "" for special tokens and for ids that are not in the vocabulary.
+        """
+        alone, twice = (self._backend.decode_batch([[i] * times for i in range(count)]) for times in (1, 2))
+        return [(one, two.removeprefix(one)) for one, two in zip(alone, twice, strict=True)]
+
     @overload
     def apply_chat_template(
         self,

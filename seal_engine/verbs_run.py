@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from seal_engine import runs
@@ -13,6 +13,7 @@ from seal_engine.ledger import Ledger
 from seal_engine.report import write_report
 from seal_engine.settings import add_flags, read_toml
 from seal_engine.tiny.pretrain import Recipe, train_tiny
+from seal_engine.tiny.pretrain_puzzles import SHAPE, PuzzleRecipe, train_puzzle_model
 from seal_engine.types import InputError, require
 
 
@@ -40,7 +41,7 @@ def demo(options: argparse.Namespace) -> None:
     _finish(runs.start(DEMOS[options.task], values, out, *_shown(options)), options)
 
 
-DEMOS = {"knowledge": "miniature"}
+DEMOS = {"few-shot": "puzzle-miniature", "knowledge": "miniature"}
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,19 +118,23 @@ def select(options: argparse.Namespace) -> None:
 
 def tiny_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="tiny_verb", metavar="VERB", required=True)
-    train = verbs.add_parser("train", help="train the miniature from scratch, as the shipped one was")
+    train = verbs.add_parser("train", help="train a miniature from scratch, as the shipped one was")
+    train.add_argument("task", nargs="?", default="knowledge", choices=sorted(DEMOS), help="(default: %(default)s)")
     train.add_argument("--out", help="new directory: a Hugging Face checkpoint", required=True, metavar="DIR")
     train.add_argument("--seed", type=int, default=Recipe.seed, metavar="N", help="(default: %(default)s)")
     _run_arguments(train)
 
 
 def tiny(options: argparse.Namespace) -> None:
-    """The shipped miniature: train it again."""
+    """The shipped miniatures: train one again."""
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} exists; accepted: a new or empty directory")
     require(options.seed >= 0, "--seed", options.seed, "an integer >= 0")
-    report = train_tiny(Path(options.out), Recipe(seed=options.seed), progress=not options.quiet)
+    if options.task == "knowledge":
+        report = train_tiny(out, Recipe(seed=options.seed), not options.quiet)
+    else:
+        report = train_puzzle_model(out, PuzzleRecipe(replace(SHAPE, seed=options.seed)), not options.quiet)
     if not options.quiet:
         print(f"{options.out}: " + ", ".join(f"{name} {value:g}" for name, value in report.items()))
     if options.json:

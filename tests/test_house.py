@@ -29,7 +29,7 @@ LAYERS = [
     {"report_data", "report_html"},
     {"report_plots"},
     {"report"},
-    {"verbs_engine", "verbs_run"},
+    {"verbs_bench", "verbs_engine", "verbs_run"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,7 +16,7 @@ from seal_engine.tiny.puzzles import (
     DATA,
     EPOCHS,
     LEARNING_RATES,
-    NEW_AREAS,
+    NEW_KINDS,
     NO_CHANGE,
     PUZZLE_MODEL,
     Puzzles,
@@ -33,6 +33,10 @@ FORM = text_form()
 @pytest.fixture(scope="module")
 def engine():
     return Engine.from_pretrained(PUZZLE_MODEL, device="cpu", dtype="float32")
+
+
+def kind(task):
+    return task.name.partition(" ")[2]
 
 
 def changes(task):
@@ -54,7 +58,7 @@ def test_the_same_seed_makes_the_same_puzzles():
     assert Puzzles().puzzles("heldout", 24) == HELDOUT != PUZZLES.puzzles("heldout", 24, seed=1)
     assert PUZZLES.puzzles("train", 24) != HELDOUT
     assert Puzzles(1).known != PUZZLES.known == Puzzles().known
-    assert Counter(task.name.split()[1] for task in HELDOUT) == {a: 6 * NEW_AREAS.count(a) for a in NEW_AREAS}
+    assert Counter(kind(task) for task in HELDOUT) == dict.fromkeys(NEW_KINDS, 12)
     with pytest.raises(ValueError, match="accepted: train, heldout"):
         PUZZLES.puzzles("test", 1)
 
@@ -79,8 +83,22 @@ def test_puzzles_show_what_becomes_of_every_colour():
     for task in HELDOUT:
         shown = {colour for example in task.train for row in example.output for colour in row}
         assert len(task.train) == 3
-        if task.name.endswith("all"):
-            assert {colour for row in task.tests[0].output for colour in row} <= shown
+        if kind(task) == "upside down":
+            assert {colour for test in task.tests for row in test.output for colour in row} <= shown
+
+
+def test_each_kind_is_what_it_is_named_for():
+    """Turned copies of demonstrations show colours where tests have them, or they break the rule."""
+    for task in HELDOUT:
+        tops = [{colour for one in examples for colour in one.input[0]} for examples in (task.train, task.tests)]
+        bottoms = [{colour for one in examples for colour in one.input[-1]} for examples in (task.train, task.tests)]
+        if kind(task) == "upside down":
+            assert not tops[0] & tops[1]
+            assert not bottoms[0] & bottoms[1]
+            assert tops[0] & bottoms[1]
+        else:
+            assert all(one.input[1:] == one.output[1:] for one in (*task.train, *task.tests))
+            assert all(one.input[0] != one.output[0] for one in (*task.train, *task.tests))
 
 
 def test_new_rules_never_occur_in_pretraining():

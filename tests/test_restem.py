@@ -96,6 +96,9 @@ class ToyDomain:
     def prompt(self, context):
         return f"write {context}"
 
+    def logits_hook(self, max_tokens):
+        return None
+
     def job(self, context, self_edit):
         if "refuse" in self_edit:
             raise RefusedError("no text")

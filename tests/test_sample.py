@@ -476,6 +476,25 @@ def test_prefixes_are_found(exact):
     assert computed(ids, max_tokens=30)[0] > 100
 
 
+def test_requests_of_one_moment_share_their_prompts(exact):
+    """Blocks that are just being computed for one request are waited for by the others, whatever the budget is."""
+    (ids,) = oracle.sequences([100])
+    other, tail = oracle.sequences([70], seed=9)[0], [1, 2, 3]
+    prompts = [ids, ids, other, [*ids[:64], *tail], ids[:50], other[:10], ids]
+    requests = [(prompt, params(max_tokens=10, seed=i), None) for i, prompt in enumerate(prompts)]
+    wanted = alone(exact, requests)
+    expected = 100 + 70 + 2 * (100 - 96) + (67 - 64) + (50 - 48) + 10 + 9 * len(prompts)
+    for budget in (1000, 40, 7):
+        made = sampler(exact, budget=budget)
+        assert run(made, requests) == wanted
+        assert made.tokens_computed == expected
+        made.check_integrity()
+    adapters = [random_adapter(exact, seed=i) for i in (0, 1)]
+    made = sampler(exact)
+    run(made, [(ids, params(max_tokens=1), adapter) for adapter in (*adapters, None, *adapters)])
+    assert made.tokens_computed == 3 * 100 + 2 * 4, "each adapter has K/V of its own"
+
+
 def test_samples_share_their_prompt(exact):
     (ids,) = oracle.sequences([100])
     requests = [(ids, params(n=8, max_tokens=10, seed=1), None)]

@@ -13,11 +13,12 @@ from itertools import islice, product
 from seal_engine.domains.arc import Grid, GridTextError, Task, read_tasks
 from seal_engine.domains.arc_tasks import LIMIT, MOST_STEPS, TextForm, skip_reason, training_tasks
 from seal_engine.domains.directive import STRATEGIES, Directive, DirectiveError, NoJSONError, parse
+from seal_engine.domains.directive_grammar import DirectiveGrammar
 from seal_engine.domains.voting import TRANSFORMS, Query, queries, score, vote
 from seal_engine.engine import Engine
 from seal_engine.jobs import SCHEDULERS, TrainJob
 from seal_engine.loop import Attempt, Prompt, RefusedError, Writer
-from seal_engine.requests import SamplingParams
+from seal_engine.requests import LogitsHook, SamplingParams
 from seal_engine.types import LoraConfig, is_integer, require, setting
 
 # What the published recipe sets otherwise than for the knowledge task: see loop.LoopConfig.
@@ -41,6 +42,7 @@ class FewShotConfig:
     grid_template: str = setting("", "file: how a grid is written")
     directive_template: str = setting("", "file: what the policy continues with a directive")
     chat: bool = setting(False, "send prompts as a user's turn of the model's chat template")
+    grammar: bool = setting(False, "sample only directives: choices of the schema, written canonically")
     rank: int = setting(128, "r of each adapter")
     alpha: float = setting(16.0, "lora_alpha of each adapter")
     targets: tuple[str, ...] = setting(
@@ -133,8 +135,11 @@ class FewShot:
         )  # fmt: skip
         stop = config.answer_stop or None
         self.answer_params = SamplingParams(temperature=0, max_tokens=config.answer_tokens, stop=stop)
+        self._writers: dict[str, Writer] = {}
+        self._add_directives()
         self.job = cache(self._job)  # the loop asks more than once
         self.queries = cache(self._queries)
+        self.logits_hook = cache(self._logits_hook)
 
     def contexts(self, split: str) -> Sequence[str]:
         """Names of the split's puzzles."""
@@ -143,6 +148,13 @@ class FewShot:
     def prompt(self, context: str) -> Prompt:
         """What the policy continues with a directive."""
         return self.form.ask_self_edit(self.tasks[context], self.engine.tokenizer)
+
+    def _logits_hook(self, max_tokens: int) -> LogitsHook | None:
+        """What keeps the policy to directives, where the configuration says so."""
+        if not self.config.grammar:
+            return None
+        pieces = self.engine.tokenizer.pieces(self.engine.config.vocab_size)
+        return DirectiveGrammar(pieces, self.engine.stop_token_ids, max_tokens)
 
     def _job(self, context: str, self_edit: str) -> TrainJob:
         """The inner loop that a directive chooses. RefusedError where it is none, or chooses what trains nothing."""
@@ -200,12 +212,18 @@ class FewShot:
         return {"in context": lambda c: [Attempt(None, self.questions(c))]}
 
     def writers(self) -> Mapping[str, Writer]:
-        """A fixed directive, and all of a grid, of which the best counts."""
-        made = {}
+        """A fixed directive, all of a grid, of which the best counts, and what else was given."""
+        return self._writers
+
+    def add_writer(self, name: str, writer: Writer) -> None:
+        """Someone else whose self-edits are measured, too."""
+        self._writers[name] = writer
+
+    def _add_directives(self) -> None:
         if self.config.fixed_directive:
             text = parse(self.config.fixed_directive).to_json()
-            made["fixed directive"] = Writer(lambda contexts, _: [[text]] * len(contexts))
+            self.add_writer("fixed directive", Writer(lambda contexts, _: [[text]] * len(contexts)))
         texts = [directive.to_json() for directive in self.config.grid()]
         if texts:
-            made["best directive of a grid"] = Writer(lambda contexts, _: [texts] * len(contexts), best=True)
-        return made
+            best = Writer(lambda contexts, _: [texts] * len(contexts), best=True)
+            self.add_writer("best directive of a grid", best)

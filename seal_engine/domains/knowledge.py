@@ -151,6 +151,9 @@ class Knowledge:
         """What the policy continues with a self-edit."""
         return self._fill("prompt_template", context)
 
+    def logits_hook(self, max_tokens: int) -> None:
+        """Self-edits are free text."""
+
     def prompt_text(self, context: str) -> str:
         """The same as text, outside a chat."""
         return self._text("prompt_template", context)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import tokenizers
 import torch
@@ -239,18 +240,35 @@ def train_tiny(out: Path, recipe: Recipe = Recipe(), progress: bool = True) -> d
     tokenizer = train_tokenizer(world, rng, recipe)
     torch.manual_seed(recipe.seed)
     model = Llama(recipe, tokenizer.get_vocab_size())
-    packer = Packer(tokenizer, recipe)
+    stages = enumerate((recipe.copy_steps, recipe.reading_steps, recipe.keeping_steps), 1)
+    sources = [(steps, documents(world, rng, stage, recipe)) for stage, steps in stages]
+    report = optimise(model, Packer(tokenizer, recipe), sources, recipe, recipe.learning_rate, progress)
+    save(out, recipe, model, tokenizer)
+    return report | {"reading": reading(model, tokenizer, world.passages("heldout", 100, seed=0))}
+
+
+def optimise(
+    model: Llama,
+    packer: Packer,
+    sources: Sequence[tuple[int, Iterator[Any]]],
+    recipe: Recipe,
+    learning_rate: float,
+    progress: bool,
+) -> dict[str, float]:
+    """Train the model for some steps on the documents of each source in turn; AdamW, warm-up, then cosine to zero.
+
+    Returns the steps, the tokens, and the mean loss of the last 50 steps.
+    """
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+        model.parameters(), lr=learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
+    total = sum(steps for steps, _ in sources)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / recipe.warmup_steps) * (1 + math.cos(math.pi * step / recipe.steps)) / 2,
+        optimizer, lambda step: min(1.0, (step + 1) / recipe.warmup_steps) * (1 + math.cos(math.pi * step / total)) / 2
     )
     num_tokens, losses = 0, []
-    with tqdm(total=recipe.steps, unit="step", desc="Pretraining", disable=not progress) as bar:
-        for stage, steps in enumerate((recipe.copy_steps, recipe.reading_steps, recipe.keeping_steps), 1):
-            source = documents(world, rng, stage, recipe)
+    with tqdm(total=total, unit="step", desc="Pretraining", disable=not progress) as bar:
+        for stage, (steps, source) in enumerate(sources, 1):
             for _ in range(steps):
                 tokens, doc, weights = packer.batch(source)
                 loss = mean_loss(model, tokens, doc, weights)
@@ -263,13 +281,7 @@ def train_tiny(out: Path, recipe: Recipe = Recipe(), progress: bool = True) -> d
                 losses.append(loss.item())
                 bar.update()
                 bar.set_postfix_str(f"stage {stage}, loss {fmean(losses[-50:]):.3f}", refresh=False)
-    save(out, recipe, model, tokenizer)
-    return {
-        "steps": len(losses),
-        "tokens": num_tokens,
-        "loss": fmean(losses[-50:]),
-        "reading": reading(model, tokenizer, world.passages("heldout", 100, seed=0)),
-    }
+    return {"steps": total, "tokens": num_tokens, "loss": fmean(losses[-50:])}
 
 
 def mean_loss(model: Llama, tokens: Tensor, doc: Tensor, weights: Tensor) -> Tensor:

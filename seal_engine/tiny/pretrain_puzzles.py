@@ -4,23 +4,19 @@ First on puzzles that change nothing: copying a grid cell by cell is what all el
 it is learned late. Then on known rules, and on directives for them, all of the menu equally likely.
 """
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import tokenizers
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from tqdm import tqdm
 
 from seal_engine.domains.arc import Task
-from seal_engine.tiny.pretrain import END, Llama, Packer, Recipe, mean_loss, save
+from seal_engine.tiny.pretrain import END, Llama, Packer, Recipe, optimise, save
 from seal_engine.tiny.puzzles import AREAS, MOVES, NO_CHANGE, Puzzles, Rule, text_form, write_directive
 
 # A token is a colour with what follows it; the rest of the text is cut around choices, numbers and signs.
@@ -137,27 +133,7 @@ def train_puzzle_model(out: Path, recipe: PuzzleRecipe = PuzzleRecipe(), progres
     tokenizer = train_tokenizer((document.text for document in islice(source, recipe.tokenizer_documents)), recipe)
     torch.manual_seed(shape.seed)
     model = Llama(shape, tokenizer.get_vocab_size())
-    packer = PuzzlePacker(tokenizer, shape)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=shape.betas, weight_decay=shape.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / shape.warmup_steps) * (1 + math.cos(math.pi * step / recipe.steps)) / 2,
-    )
-    num_tokens, losses = 0, []
-    with tqdm(total=recipe.steps, unit="step", desc="Pretraining", disable=not progress) as bar:
-        for step in range(recipe.steps):
-            tokens, doc, weights = packer.batch(copies if step < recipe.copy_steps else source)
-            loss = mean_loss(model, tokens, doc, weights)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), shape.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            num_tokens += int((doc > 0).sum())
-            losses.append(loss.item())
-            bar.update()
-            bar.set_postfix_str(f"loss {fmean(losses[-50:]):.3f}", refresh=False)
+    sources = [(recipe.copy_steps, copies), (recipe.steps - recipe.copy_steps, source)]
+    report = optimise(model, PuzzlePacker(tokenizer, shape), sources, shape, recipe.learning_rate, progress)
     save(out, shape, model, tokenizer)
-    return {"steps": recipe.steps, "tokens": num_tokens, "loss": fmean(losses[-50:])}
+    return report

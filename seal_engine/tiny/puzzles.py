@@ -4,8 +4,9 @@ A rule moves the cells of a grid, or recolours the cells of one area of it. What
 90 ordered pairs of different colours belongs either to known rules, of which pretraining is made, or to new ones. So
 the model has never seen one colour become another as a new rule wants it, and has to be trained to.
 
-New puzzles recolour all of a grid, its top row or its left column. Turning and flipping a grid keeps the first kind of
-rule and makes another of the other two.
+New puzzles are of two kinds. In those named "top" only the top row is recoloured, so turned and flipped copies follow
+another rule and mislead. In those named "upside down" all is, but demonstrations have their colours in other rows than
+tests do, so such copies are just what they lack.
 """
 
 import random
@@ -25,12 +26,12 @@ SELF_EDIT = TEMPLATES / "puzzle_self_edit.txt"  # {demonstrations}: a directive 
 TRANSLATIONS = (Translate(1, 0), Translate(-1, 0), Translate(0, 1), Translate(0, -1))
 MOVES: tuple[Augmentation | None, ...] = (None, *map(Turn, TURNS), *TRANSLATIONS)
 AREAS = ("all", "top", "bottom", "left", "right", "rim", "inside")
-NEW_AREAS = ("all", "left", "all", "top")  # of puzzles of new rules, in turn
+NEW_KINDS = ("top", "upside down")  # of puzzles of new rules, in turn
 NO_CHANGE = tuple(range(COLOURS))
 # The menu of what is written before any reward: basic and repeat augmentations, learning rates, epochs; any strategy.
 DATA = ((False, False), (True, False), (False, True), (True, True))
-LEARNING_RATES = (1e-3, 5e-3, 2e-2)
-EPOCHS = (2, 6)
+LEARNING_RATES = (5e-4, 5e-3, 2e-2)
+EPOCHS = (2, 4)
 TESTS = 3  # of a puzzle of a new rule
 TRIES = 30  # for demonstrations that show everything
 
@@ -108,16 +109,25 @@ class Puzzles:
         size: tuple[int, int] = (3, 3),
         palette: int = 4,
         tests: int = 1,
+        upside_down: bool = False,
         name: str = "",
     ) -> Task:
-        """A puzzle of a rule. Its demonstrations show what becomes of every colour, if they can."""
+        """A puzzle of a rule. Its demonstrations show what becomes of every colour, if they can.
+
+        upside_down: each row has two colours, other ones further down in demonstrations, further up in tests.
+        """
         colours = rng.sample(range(COLOURS), palette)
         rows, columns = size
 
-        def grid() -> Grid:
-            return tuple(tuple(rng.choice(colours) for _ in range(columns)) for _ in range(rows))
+        def grid(turned: bool = False) -> Grid:
+            made = []
+            for row in range(rows):
+                first = round(row * (palette - 2) / max(rows - 1, 1))
+                own = colours[first : first + 2] if upside_down else colours
+                made.append(tuple(rng.choice(own) for _ in range(columns)))
+            return tuple(reversed(made)) if turned else tuple(made)
 
-        asked, grids = [grid() for _ in range(tests)], []
+        asked, grids = [grid(upside_down) for _ in range(tests)], []
         wanted = {rule.colours[colour] for colour in colours}
         for _ in range(TRIES):
             grids = [grid() for _ in range(demonstrations)]
@@ -132,10 +142,11 @@ class Puzzles:
             raise ValueError(f"split: found {split!r}; accepted: train, heldout")
         rng, made = random.Random(f"{split} {seed}"), []
         for i in range(count):
-            area = NEW_AREAS[i % len(NEW_AREAS)]
-            rule = Rule(None, area, self.recolouring(rng, new=True))
-            palette = 4 if area == "all" else 3  # of which a line shows enough
-            made.append(self.puzzle(rule, rng, palette=palette, tests=TESTS, name=f"{i} {area}"))
+            kind, colours = NEW_KINDS[i % len(NEW_KINDS)], self.recolouring(rng, new=True)
+            upside_down = kind != "top"
+            rule, palette = Rule(None, "all" if upside_down else "top", colours), 4 if upside_down else 3
+            name = f"{i} {kind}"  # a line shows three colours well enough
+            made.append(self.puzzle(rule, rng, palette=palette, tests=TESTS, upside_down=upside_down, name=name))
         return made
 
 

@@ -1,0 +1,168 @@
+"""README's figures, from the results that were recorded: python benchmarks/readme.py writes them into README.md anew.
+
+A block of README between `<!-- NAME -->` and `<!-- end -->` is what the function NAME says. Outside of blocks README
+has no measured figures. A test holds both.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9_]+) -->\n(?P<text>.*?)<!-- end -->\n", re.DOTALL)
+Row = Mapping[str, Any]
+
+
+def read(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A benchmark's rows, and the machine that they were measured on."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    return found["rows"], found["machine"]
+
+
+def pick(rows: Sequence[Row], **wanted: Any) -> Row:
+    """The only row with these columns."""
+    (row,) = (row for row in rows if all(row.get(name) == value for name, value in wanted.items()))
+    return row
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, ["---"] * len(heads), *lines))
+
+
+def source(name: str, machine: Mapping[str, Any], more: str = "") -> str:
+    """Where figures are recorded, what recorded them, and on what."""
+    bench = name.removesuffix("_cpu").removesuffix("_cuda").removesuffix("_cpu_amx")
+    command = f".venv/bin/python -m pytest -p no:warnings benchmarks/{bench}.py{more} --record benchmarks/results"
+    where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
+    return f"\nRecorded in `benchmarks/results/{name}.json` ({where}) by\n\n```\n{command}\n```\n"
+
+
+def percent(value: float) -> str:
+    """Of 1, to a tenth."""
+    return f"{100 * value:.1f}"
+
+
+def rate(value: float) -> str:
+    """Tokens a second, to three figures or more."""
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def demo(task: str, last: str) -> str:
+    """Accuracy of every method in a demo; the last line in bold."""
+    rows, _ = read("bench_demo_cpu")
+    own = [row for row in rows if row["task"] == task and row["rewards"] == "own"]
+    whole = pick(own, method="the whole run")
+    lines = []
+    for row in own:
+        if row is not whole:
+            cells = [row["method"], percent(row["accuracy"]), percent(row["sd"])]
+            lines.append([f"**{cell}**" for cell in cells[:2]] + cells[2:] if row["method"] == last else cells)
+    blind = pick(rows, task=task, rewards="shuffled", method=last)
+    return table(("method", "accuracy (%)", "sd"), lines) + (
+        f"\nThree seeds, mean and standard deviation: {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, "
+        f"and\nthe rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
+        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}).\n"
+    )
+
+
+def demo_knowledge() -> str:
+    """The demo."""
+    return demo("knowledge", "self-edits, after round 2")
+
+
+def demo_few_shot() -> str:
+    """The other demo."""
+    return demo("few-shot", "self-edits, after round 3")
+
+
+def model() -> str:
+    """Forward and backward beside Transformers."""
+    rows, machine = read("bench_model_cpu")
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        theirs, ours = (pick(rows, dtype=dtype, who=who) for who in ("transformers", "seal_engine"))
+        lines.append(
+            [dtype, f"{rate(theirs['tokens_per_s'])} tokens/s", f"{rate(ours['tokens_per_s'])} tokens/s",
+             f"{ours['times_faster']:.1f}", f"{ours['percent_of_matrix_rate']:.0f}%"]
+        )  # fmt: skip
+    heads = ("dtype", "Transformers", "seal_engine", "times faster", "share of the matrix rate")
+    return table(heads, lines) + source("bench_model_cpu", machine)
+
+
+def train() -> str:
+    """Training beside PEFT."""
+    rows, machine = read("bench_train_cpu")
+    lines = []
+    for ours in (row for row in rows if row["who"] == "seal_engine"):
+        case = {name: ours[name] for name in ("shape", "dtype", "adapters", "rank", "projections")}
+        peft, padded = (pick(rows, who=who, **case) for who in ("peft", "peft, padded to 2048"))
+        what = "q and v" if case["projections"] == 2 else "seven projections"
+        lines.append(
+            [f"{case['shape']} {case['dtype']}, {case['adapters']} of rank {case['rank']}, {what}",
+             f"{rate(ours['tokens_per_s'])} tokens/s", rate(peft["tokens_per_s"]),
+             f"{peft['seal_engine_times_faster']:.1f}", f"{padded['seal_engine_times_faster']:.0f}",
+             f"{ours['percent_of_matrix_rate']:.0f}%"]
+        )  # fmt: skip
+    heads = ("base, adapters", "seal_engine", "PEFT", "times faster", "than PEFT, padded",
+             "share of float32's matrix rate")  # fmt: skip
+    return table(heads, lines) + source("bench_train_cpu", machine, " -k test_train")
+
+
+def scaling() -> str:
+    """Throughput with many adapters, of one adapter's."""
+    rows, machine = read("bench_scaling_cpu")
+    counts, lines = (8, 64, 128, 256, 512), []
+    cases = (("2m", 8, 2), ("2m", 32, 2), ("2m", 8, 7), ("2m", 32, 7), ("97m", 8, 2), ("97m", 32, 7))
+    for shape, rank, projections in cases:
+        own = [row for row in rows if (row["shape"], row["rank"], row["projections"]) == (shape, rank, projections)]
+        found = {row["adapters"]: row["of_one_adapter"] for row in own}
+        what = "q and v" if projections == 2 else "seven"
+        cells = [f"{found[count]:.2f}" if count in found else "" for count in counts]
+        lines.append([f"{shape}, rank {rank}, {what}, {own[0]['tokens_a_step']:,}", *cells])
+    heads = ("shape, adapters, tokens a step", *map(str, counts))
+    return table(heads, lines) + source("bench_scaling_cpu", machine)
+
+
+def sample() -> str:
+    """Sampling beside Transformers and PEFT."""
+    rows, machine = read("bench_sample_cpu")
+    theirs = {0: "Transformers, its best batch size", 32: "PEFT, switching adapters"}
+    lines = []
+    for adapters, who in theirs.items():
+        own = [row for row in rows if row.get("than_the_best_of_the_baseline") and row["adapters"] == adapters]
+        ours = pick(own, who="seal_engine")
+        best = max(row["tokens_per_s"] for row in own if row is not ours)
+        lines.append(
+            [str(adapters), f"{rate(ours['tokens_per_s'])} tokens/s", f"{rate(best)} ({who})",
+             f"{ours['than_the_best_of_the_baseline']:.1f}"]
+        )  # fmt: skip
+    more = []
+    for shape in ("2m", "97m"):
+        own = [pick(rows, shape=shape, requests=64, adapters=count)["percent_on_top"] for count in (1, 8, 64)]
+        more.append(f"{' %, '.join(f'{value:.0f}' for value in own)} % on the {shape} shape")
+    return (
+        table(("adapters", "seal_engine", "the other", "times faster"), lines)
+        + f"\n64 prompts at once take longer with 1, 8 and 64 distinct adapters by {', and '.join(more)}.\n"
+        + source("bench_sample_cpu", machine)
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    function.__name__: function for function in (demo_knowledge, demo_few_shot, model, train, scaling, sample)
+}
+
+
+def render(text: str) -> str:
+    """README with all its blocks written anew. KeyError for a block of no such name."""
+    return BLOCK.sub(lambda found: f"<!-- {found['name']} -->\n{BLOCKS[found['name']]()}<!-- end -->\n", text)
+
+
+if __name__ == "__main__":
+    before = README.read_text()
+    README.write_text(render(before))
+    sys.exit(None if before == README.read_text() else "README.md has changed")
