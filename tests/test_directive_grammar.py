@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -58,6 +58,7 @@ def sample(hook, size, generator):
     return tokens
 
 
+@settings(deadline=None)
 @given(words=vocabularies(), seed=st.integers(0, 2**32), room=st.integers(0, 60))
 def test_every_sample_is_a_directive(words, seed, room):
     """With room for the shortest directive and its end, and for `room` tokens more."""
@@ -72,6 +73,7 @@ def test_every_sample_is_a_directive(words, seed, room):
     assert text == directive.to_json().replace(json.dumps(directive.learning_rate), rate)
 
 
+@settings(deadline=None)
 @given(text=CUT, words=vocabularies(), seed=st.integers(0, 2**32))
 def test_every_directive_can_be_sampled(text, words, seed):
     """However it is cut into tokens."""
