@@ -152,8 +152,51 @@ def sample() -> str:
     )
 
 
+def seal_round() -> str:
+    """A round of the published knowledge task, by part."""
+    rows, machine = read("bench_seal_round_cpu")
+    cases = dict.fromkeys((row["shape"], row["dtype"], row["passages"]) for row in rows)
+    lines = []
+    for shape, dtype, passages in cases:
+        for part in ("sampling", "training", "asking", "updating", "round"):
+            own = [row for row in rows if (row["shape"], row["dtype"], row["passages"]) == (shape, dtype, passages)]
+            found = {row["who"]: row for row in own if row["part"] == part}
+            ours, floor = found["seal_engine"], found["floor"]
+            alone, padded = found["peft, one at a time"], found["peft, padded to 2048"]
+            many = f"{passages} passage{'s' * (passages > 1)}"
+            cells = [
+                f"{shape} {dtype}, {many}" if part == "sampling" else "",
+                part,
+                f"{ours['seconds']:.3g} s",
+                f"{ours['percent_of_floor']:.0f}%" + (f" ({floor['limit']})" if "limit" in floor else ""),
+                f"{found['host, by a profiled replay']['percent_of_seal_engine']:.0f}%",
+                f"{alone['seal_engine_times_faster']:.1f}",
+                f"{padded['seal_engine_times_faster']:.1f}",
+            ]
+            lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
+    heads = ("base", "part", "seal_engine", "share of its floor", "host", "times faster than PEFT",
+             "than PEFT, padded")  # fmt: skip
+    return table(heads, lines) + source("bench_seal_round_cpu", machine)
+
+
+def few_shot() -> str:
+    """The inner loops of the few-shot task beside PEFT."""
+    rows, machine = read("bench_few_shot_cpu")
+    lines = []
+    for ours in (row for row in rows if row["who"] == "seal_engine"):
+        bare, trainer = (pick(rows, base=ours["base"], lora=ours["lora"], who=who) for who in ("peft", "peft, Trainer"))
+        lines.append(
+            [f"{ours['base']}, {ours['lora']} (rank {ours['rank']})", f"{rate(ours['training_tokens_per_s'])} tokens/s",
+             f"{bare['training_times_faster']:.1f}", f"{bare['asking_times_faster']:.1f}",
+             f"{bare['together_times_faster']:.1f}", f"{trainer['together_times_faster']:.1f}"]
+        )  # fmt: skip
+    heads = ("base, adapters", "training", "times faster than PEFT", "in asking", "together", "together, than Trainer")
+    return table(heads, lines) + source("bench_few_shot_cpu", machine)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (demo_knowledge, demo_few_shot, model, train, scaling, sample)
+    function.__name__: function
+    for function in (demo_knowledge, demo_few_shot, seal_round, few_shot, model, train, scaling, sample)
 }
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from seal_kernels.attention_cpu import Sequences, attention_backward_cpu, attention_forward_cpu
-from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
+from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
 
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
 
@@ -452,4 +452,4 @@ def attention(
     """
     _check(q, k, v, cu_seqlens, max_seqlen, scale, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window, row_independent)  # pyright: ignore
+    return run(Attention, q, k, v, cu_seqlens, max_seqlen, scale, window, row_independent)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, tl, triton, use_triton
+from seal_kernels.dispatch import block_size, run, tl, triton, use_triton
 from seal_kernels.linear import multiply, multiply_backward
 
 IGNORE = -1  # a target that is no target; any negative number is (-100 too)
@@ -193,7 +193,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     elif bool((targets >= V).any()):
         raise ValueError(f"cross_entropy: target {int(targets.max())} in a vocabulary of {V}")
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return TokenLogprobs.apply(hidden, weight, targets, needs_grad)  # pyright: ignore
+    return run(TokenLogprobs, hidden, weight, targets, needs_grad)
 
 
 def cross_entropy(

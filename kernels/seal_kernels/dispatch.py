@@ -31,7 +31,7 @@ if INTERPRET or "triton" in sys.modules or torch.cuda.is_available():
     import triton
     import triton.language as tl
 
-__all__ = ["INTERPRET", "block_size", "cdiv", "sm_count", "tl", "triton", "use_triton"]
+__all__ = ["INTERPRET", "block_size", "cdiv", "run", "sm_count", "tl", "triton", "use_triton"]
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
@@ -40,6 +40,18 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if len(devices) > 1:
         raise ValueError(f"tensors are on different devices: {sorted(map(str, devices))}")
     return INTERPRET or next(iter(devices)).type == "cuda"
+
+
+class _Unrecorded:
+    """Stands in for autograd's context where nothing is recorded."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def run(function: Any, *args: Any) -> Any:
+    """function.apply(*args) of a torch.autograd.Function; where gradients are off, without autograd's bookkeeping."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *args)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -18,6 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from seal_kernels.dispatch import run
+
 ROUNDED_ROWS = 512  # rows of x that are rounded to bfloat16 at a time
 SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: small enough to stay in the last-level cache until it is used
 
@@ -137,4 +139,4 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, row_til
     for bit. Raises ValueError on shapes that do not match.
     """
     check_linear(x, weight, bias)
-    return FrozenLinear.apply(x, weight, bias, row_tile)  # pyright: ignore[reportReturnType]
+    return run(FrozenLinear, x, weight, bias, row_tile)

@@ -32,7 +32,7 @@ do not depend on the company: a segment's bits are the same alone and among othe
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import cdiv, tl, triton, use_triton
+from seal_kernels.dispatch import cdiv, run, tl, triton, use_triton
 from seal_kernels.linear import check_linear, frozen_linear_backward, frozen_linear_forward
 from seal_kernels.lora_cpu import lora_backward_cpu, lora_forward_cpu
 from seal_kernels.lora_tables import BLOCK_T, Factors, LoraGroup, LoraTables, device_tables, keep_mask
@@ -280,4 +280,4 @@ def lora_linear(
     check_linear(x, weight, bias)
     if group.bounds[0] != 0 or group.bounds[-1] != len(x):
         raise ValueError(f"lora_linear: segments cover tokens {group.bounds[0]} to {group.bounds[-1]} of {len(x)}")
-    return LoraLinear.apply(x, anchor, weight, bias, group, row_tile)  # pyright: ignore[reportReturnType]
+    return run(LoraLinear, x, anchor, weight, bias, group, row_tile)

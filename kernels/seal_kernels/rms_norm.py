@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
+from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -156,7 +156,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [N, D] or [N, M, D], last dimension contiguous. weight: [D]. Raises ValueError on other shapes.
     """
     _check(x, weight)
-    return RMSNorm.apply(x, weight, eps, None)[0]  # pyright: ignore
+    return run(RMSNorm, x, weight, eps, None)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -168,4 +168,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if residual.shape != x.shape or not residual.is_contiguous():
         raise ValueError(f"rms_norm: residual must be contiguous and {tuple(x.shape)}, not {tuple(residual.shape)}")
-    return RMSNorm.apply(x, weight, eps, residual)  # pyright: ignore
+    return run(RMSNorm, x, weight, eps, residual)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
+from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
 
 
 def rotary_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,4 +135,4 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     for name, angle in (("cos", cos), ("sin", sin)):
         if angle.shape != (T, E // 2) or not angle.is_contiguous():
             raise ValueError(f"rotary: {name} must be contiguous and {(T, E // 2)}, not {tuple(angle.shape)}")
-    return Rotary.apply(q, k, cos, sin)  # pyright: ignore
+    return run(Rotary, q, k, cos, sin)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, cdiv, tl, triton, use_triton
+from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -144,4 +144,4 @@ def swiglu(gate_up: Tensor, row_independent: bool = False) -> Tensor:
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.shape[1] or gate_up.stride(1) != 1:
         raise ValueError(f"swiglu: gate_up must be [T, 2F] with contiguous rows, not {tuple(gate_up.shape)}")
-    return SwiGLU.apply(gate_up, row_independent)  # pyright: ignore
+    return run(SwiGLU, gate_up, row_independent)
