@@ -1,4 +1,4 @@
-"""The demos' whole loops, timed and recorded: accuracy of every method over three seeds, and the control.
+"""The demo's whole loop, timed and recorded: accuracy of every method over three seeds, and the control.
 
 The control is the same loop, but each self-edit is given the reward of another: what then remains of the gain does not
 come from rewards.
@@ -19,10 +19,9 @@ SEEDS = (0, 1, 2)
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the miniature is for machines without a GPU")
 
 
-@pytest.mark.parametrize("control", [False, True], ids=["rewards", "shuffled rewards"])
-@pytest.mark.parametrize("task", sorted(DEMOS))
-def test_demo(benchmark, record, request, tmp_path, task, control):
-    directory, settings = tmp_path / "run", {"seeds": SEEDS, "shuffle_rewards": control}
+def run_demo(task, control, benchmark, record, results, directory):
+    """Run a demo in a new directory; record its table and what it took, and keep its pictures."""
+    settings = {"seeds": SEEDS, "shuffle_rewards": control}
     start = perf_counter()
     run = lambda: runs.start(DEMOS[task], settings, directory, lambda line: None, progress=False)  # noqa: E731
     benchmark.pedantic(run, rounds=1, iterations=1)
@@ -37,9 +36,13 @@ def test_demo(benchmark, record, request, tmp_path, task, control):
     adapters, tokens = sum(trial.num_steps > 0 for trial in trials), sum(trial.num_tokens for trial in trials)
     record(task=task, rewards="shuffled" if control else "own", method="the whole run", seconds=seconds,
            adapters=adapters, tokens=tokens)  # fmt: skip
-    results = request.config.getoption("--record")
     if results is not None and not control:
         write_report(directory)
         for file in (directory / "accuracy.png", directory / "puzzles.png"):
             if file.exists():
                 shutil.copy(file, results / f"demo_{task}_{file.stem}_{measure.DEVICE.type}.png")
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["rewards", "shuffled rewards"])
+def test_demo(benchmark, record, request, tmp_path, control):
+    run_demo("knowledge", control, benchmark, record, request.config.getoption("--record"), tmp_path / "run")

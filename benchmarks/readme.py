@@ -52,9 +52,9 @@ def rate(value: float) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def demo(task: str, last: str) -> str:
+def demo(name: str, task: str, last: str) -> str:
     """Accuracy of every method in a demo; the last line in bold."""
-    rows, _ = read("bench_demo_cpu")
+    rows, machine = read(name)
     own = [row for row in rows if row["task"] == task and row["rewards"] == "own"]
     whole = pick(own, method="the whole run")
     lines = []
@@ -66,18 +66,18 @@ def demo(task: str, last: str) -> str:
     return table(("method", "accuracy (%)", "sd"), lines) + (
         f"\nThree seeds, mean and standard deviation: {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, "
         f"and\nthe rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
-        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}).\n"
+        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}).\n" + source(name, machine)
     )
 
 
 def demo_knowledge() -> str:
     """The demo."""
-    return demo("knowledge", "self-edits, after round 2")
+    return demo("bench_demo_cpu", "knowledge", "self-edits, after round 2")
 
 
 def demo_few_shot() -> str:
     """The other demo."""
-    return demo("few-shot", "self-edits, after round 3")
+    return demo("bench_demo_few_shot_cpu", "few-shot", "self-edits, after round 3")
 
 
 def model() -> str:
@@ -179,24 +179,9 @@ def seal_round() -> str:
     return table(heads, lines) + source("bench_seal_round_cpu", machine)
 
 
-def few_shot() -> str:
-    """The inner loops of the few-shot task beside PEFT."""
-    rows, machine = read("bench_few_shot_cpu")
-    lines = []
-    for ours in (row for row in rows if row["who"] == "seal_engine"):
-        bare, trainer = (pick(rows, base=ours["base"], lora=ours["lora"], who=who) for who in ("peft", "peft, Trainer"))
-        lines.append(
-            [f"{ours['base']}, {ours['lora']} (rank {ours['rank']})", f"{rate(ours['training_tokens_per_s'])} tokens/s",
-             f"{bare['training_times_faster']:.1f}", f"{bare['asking_times_faster']:.1f}",
-             f"{bare['together_times_faster']:.1f}", f"{trainer['together_times_faster']:.1f}"]
-        )  # fmt: skip
-    heads = ("base, adapters", "training", "times faster than PEFT", "in asking", "together", "together, than Trainer")
-    return table(heads, lines) + source("bench_few_shot_cpu", machine)
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (demo_knowledge, demo_few_shot, seal_round, few_shot, model, train, scaling, sample)
+    for function in (demo_knowledge, demo_few_shot, seal_round, model, train, scaling, sample)
 }
 
 

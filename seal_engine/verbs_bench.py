@@ -21,7 +21,12 @@ from seal_engine.types import InputError, require
 
 ROOT = Path(__file__).parents[1]
 # Whose tests a benchmark relies on that has none of its own name.
-TESTS = {"demo": ["tiny"], "scaling": ["train"], "seal_round": ["train", "sample", "bench"]}
+TESTS = {
+    "demo": ["tiny"],
+    "demo_few_shot": ["tiny_puzzles"],
+    "scaling": ["train"],
+    "seal_round": ["train", "sample", "bench"],
+}
 SPEEDS = ("tokens_per_s",)
 MEASURES = ("seconds", "ms", "us", *SPEEDS)  # what revisions are compared by: the first that a row has
 
