@@ -7,6 +7,7 @@ has no measured figures. A test holds both.
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ def source(name: str, machine: Mapping[str, Any], more: str = "") -> str:
     bench = name.removesuffix("_cpu").removesuffix("_cuda").removesuffix("_cpu_amx")
     command = f".venv/bin/python -m pytest -p no:warnings benchmarks/{bench}.py{more} --record benchmarks/results"
     where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
-    return f"\nRecorded in `benchmarks/results/{name}.json` ({where}) by\n\n```\n{command}\n```\n"
+    return prose(f"Recorded in `benchmarks/results/{name}.json` ({where}) by") + f"\n```\n{command}\n```\n"
+
+
+def prose(text: str) -> str:
+    """A paragraph after what is before it."""
+    return f"\n{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n"
 
 
 def percent(value: float) -> str:
@@ -63,11 +69,12 @@ def demo(name: str, task: str, last: str) -> str:
             cells = [row["method"], percent(row["accuracy"]), percent(row["sd"])]
             lines.append([f"**{cell}**" for cell in cells[:2]] + cells[2:] if row["method"] == last else cells)
     blind = pick(rows, task=task, rewards="shuffled", method=last)
-    return table(("method", "accuracy (%)", "sd"), lines) + (
-        f"\nThree seeds, mean and standard deviation: {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, "
-        f"and\nthe rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
-        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}).\n" + source(name, machine)
+    text = (
+        f"Three seeds, mean and standard deviation: {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, "
+        f"and the rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
+        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])})."
     )
+    return table(("method", "accuracy (%)", "sd"), lines) + prose(text) + source(name, machine)
 
 
 def demo_knowledge() -> str:
@@ -144,10 +151,10 @@ def sample() -> str:
     more = []
     for shape in ("2m", "97m"):
         own = [pick(rows, shape=shape, requests=64, adapters=count)["percent_on_top"] for count in (1, 8, 64)]
-        more.append(f"{' %, '.join(f'{value:.0f}' for value in own)} % on the {shape} shape")
+        more.append(f"{', '.join(f'{value:.0f}' for value in own)}% on the {shape} shape")
     return (
         table(("adapters", "seal_engine", "the other", "times faster"), lines)
-        + f"\n64 prompts at once take longer with 1, 8 and 64 distinct adapters by {', and '.join(more)}.\n"
+        + prose(f"64 prompts at once take longer with 1, 8 and 64 distinct adapters by {', and '.join(more)}.")
         + source("bench_sample_cpu", machine)
     )
 
