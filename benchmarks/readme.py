@@ -186,9 +186,26 @@ def seal_round() -> str:
     return table(heads, lines) + source("bench_seal_round_cpu", machine)
 
 
+def few_shot() -> str:
+    """The inner loops of the few-shot task beside PEFT."""
+    rows, machine = read("bench_few_shot_cpu")
+    lines = []
+    for ours in (row for row in rows if row["who"] == "seal_engine"):
+        bare, trainer = (pick(rows, base=ours["base"], lora=ours["lora"], who=who) for who in ("peft", "peft, Trainer"))
+        lines.append(
+            [f"{ours['base']}, {ours['lora']} (rank {ours['rank']})", f"{rate(ours['training_tokens_per_s'])} tokens/s",
+             f"{bare['training_times_faster']:.1f}", f"{bare['asking_times_faster']:.1f}",
+             f"{bare['together_times_faster']:.1f}", f"{trainer['training_times_faster']:.1f}",
+             f"{trainer['together_times_faster']:.1f}"]
+        )  # fmt: skip
+    heads = ("base, adapters", "training", "times faster than PEFT", "in asking", "together", "training, than Trainer",
+             "together, than Trainer")  # fmt: skip
+    return table(heads, lines) + source("bench_few_shot_cpu", machine, " -k puzzle")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (demo_knowledge, demo_few_shot, seal_round, model, train, scaling, sample)
+    for function in (demo_knowledge, demo_few_shot, seal_round, few_shot, model, train, scaling, sample)
 }
 
 
