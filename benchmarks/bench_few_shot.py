@@ -89,21 +89,8 @@ class OneByOne(OneAtATime):
 
     def train_job(self, job: TrainJob) -> list[float]:
         """The losses of a job, from the parameters that are there."""
-        from transformers import get_scheduler
-
-        parameters, batches, losses = list(self.named.values()), batches_of(job) * job.num_epochs, []
-        optimizer = torch.optim.AdamW(parameters, job.learning_rate, weight_decay=0.0, fused=True)
-        schedule = get_scheduler(job.lr_scheduler, optimizer, job.warmup_steps, len(batches))
-        for batch in batches:
-            ids, labels = map(torch.tensor, batch)
-            loss = self.model(input_ids=ids, labels=labels, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+        batches = batches_of(job) * job.num_epochs
+        return self.train(batches, job.learning_rate, job.lr_scheduler, job.warmup_steps)
 
     def train_job_by_trainer(self, job: TrainJob, directory: Path) -> None:
         """The same by Transformers' Trainer, in an order of its own."""

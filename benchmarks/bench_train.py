@@ -74,12 +74,19 @@ class OneAtATime:
             self.named[f"base_model.model.{name}.lora_A.weight"].copy_(a)
             self.named[f"base_model.model.{name}.lora_B.weight"].copy_(b.T)
 
-    def train(self, batches: Sequence[Batch], rate: float = TrainJob.learning_rate) -> list[float]:
+    def train(
+        self,
+        batches: Sequence[Batch],
+        rate: float = TrainJob.learning_rate,
+        scheduler: str = TrainJob.lr_scheduler,
+        warmup_steps: int = 0,
+    ) -> list[float]:
         """The losses of a step on each batch."""
-        parameters, steps = list(self.named.values()), len(batches)
+        from transformers import get_scheduler
+
+        parameters, losses = list(self.named.values()), []
         optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-        losses = []
+        schedule = get_scheduler(scheduler, optimizer, warmup_steps, len(batches))
         for batch in batches:
             tokens, labels = (torch.tensor(rows, device=measure.DEVICE) for rows in batch)
             loss = self.model(input_ids=tokens, labels=labels, use_cache=False).loss

@@ -1,4 +1,4 @@
-"""Reading JSON that people wrote, and directories that appear complete or not at all."""
+"""Reading JSON that people wrote, and files and directories that appear complete or not at all."""
 
 import json
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from seal_engine.types import InputError
+
+PARTIAL = ".partial."  # names of what is being written begin so
 
 
 def show(value: Any) -> str:
@@ -49,6 +51,18 @@ def read_json(file: Path, required: bool = True) -> dict[str, Any]:
     return value
 
 
+def replace_file(file: Path, content: bytes) -> Path:
+    """The file appears whole or not at all."""
+    partial = file.with_name(f"{PARTIAL}{os.getpid()}.{file.name}")
+    try:
+        partial.write_bytes(content)
+        return partial.replace(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def complete_directory(directory: Path) -> Iterator[Path]:
     """A temporary directory that becomes `directory` if the block succeeds and vanishes if it fails."""
@@ -57,7 +71,7 @@ def complete_directory(directory: Path) -> Iterator[Path]:
         if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
             raise FileExistsError("exists")
         directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial.", dir=directory.parent))
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=directory.parent))
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise InputError(f"{directory}: {error}; accepted: a new or empty directory") from None
     try:

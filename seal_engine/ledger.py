@@ -22,11 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from seal_engine.files import complete_directory, show
+from seal_engine.files import PARTIAL, complete_directory, show
 from seal_engine.types import InputError, require
 
 DATABASE, LOCK, METRICS, POLICIES = "ledger.sqlite", "ledger.lock", "metrics.jsonl", "policies"
-PARTIAL = ".partial."  # names of what is being written begin so, as in files.complete_directory
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x5EA1  # in the database's header: it is ours
 RESERVED = ("unit", "finished")  # in metrics.jsonl

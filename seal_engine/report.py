@@ -5,7 +5,6 @@ What models wrote and what files said is untrusted: it reaches the page through 
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from statistics import fmean, median
 from typing import Any
 
 from seal_engine.domains.puzzle_picture import saved
-from seal_engine.ledger import PARTIAL, Ledger
+from seal_engine.files import replace_file
+from seal_engine.ledger import Ledger
 from seal_engine.report_data import PARTS, RunData, deviation, mean
 from seal_engine.report_html import (
     NONE,
@@ -33,7 +33,6 @@ from seal_engine.report_html import (
 from seal_engine.restem import TOGETHER, WRITTEN
 from seal_engine.runs import TASKS, configs, rows
 from seal_engine.settings import defaults_of
-from seal_engine.types import InputError
 
 PAGE = "report.html"
 LONGEST = 2000  # characters of a self-edit that are shown
@@ -67,13 +66,13 @@ def write_report(directory: Path) -> Path:
         measured = [(row.name, row.accuracies) for row in rows(ledger)]
     pictures = _draw(data)
     for name, picture in (pictures or {}).items():
-        _replace(directory / f"{name}.png", picture)
+        replace_file(directory / f"{name}.png", picture)
     puzzles = saved(directory)
     if pictures is not None and puzzles is not None:
         pictures["puzzles"] = puzzles
     # A model can write half a surrogate pair, which no file of text can hold.
     content = _page(data, measured, pictures).encode("utf-8", "replace")
-    return _replace(directory / PAGE, content)
+    return replace_file(directory / PAGE, content)
 
 
 def _draw(data: RunData) -> dict[str, bytes] | None:
@@ -86,18 +85,6 @@ def _draw(data: RunData) -> dict[str, bytes] | None:
         return None
     written = {m: {r: list(found.values()) for r, found in data.by_round(m).items()} for m in (WRITTEN, TOGETHER)}
     return draw(written, data.baselines, data.pairs, data.rounds, data.seconds_by_stage)
-
-
-def _replace(file: Path, content: bytes) -> Path:
-    """The file appears whole or not at all."""
-    partial = file.with_name(f"{PARTIAL}{os.getpid()}.{file.name}")
-    try:
-        partial.write_bytes(content)
-        return partial.replace(file)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _page(data: RunData, measured: Sequence[tuple[str, Sequence[float]]], pictures: Mapping[str, bytes] | None) -> str:

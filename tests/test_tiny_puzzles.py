@@ -65,7 +65,9 @@ def test_grids_of_all_kinds_are_drawn():
         Answered(Task("$one$ 1", (Example(GRID, GRID),) * 3, (Example(GRID, GRID),)), {"in context": GRID}),
         Answered(Task("two 2", (Example(wide, GRID),), (Example(GRID, wide),)), {"in context": None}),
     ]
+    assert draw(puzzles).startswith(b"\x89PNG")
     assert draw(puzzles) == draw(puzzles)
+    assert draw(puzzles[:1]) != draw([Answered(puzzles[0].task, {"in context": GRID[::-1]})])
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):

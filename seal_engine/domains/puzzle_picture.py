@@ -8,6 +8,7 @@ from typing import Any
 
 from seal_engine.domains.arc import COLOURS, Grid, Task
 from seal_engine.domains.few_shot import FewShot
+from seal_engine.files import replace_file
 from seal_engine.ledger import Ledger, Trial
 
 PICTURE = "puzzles.png"
@@ -37,9 +38,7 @@ def write_puzzles(domain: FewShot, ledger: Ledger) -> None:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
         return
-    partial = ledger.directory / f".{PICTURE}"
-    partial.write_bytes(picture)
-    partial.replace(ledger.directory / PICTURE)
+    replace_file(ledger.directory / PICTURE, picture)
 
 
 def choose(domain: FewShot, ledger: Ledger) -> list[Answered]:
@@ -50,6 +49,8 @@ def choose(domain: FewShot, ledger: Ledger) -> list[Answered]:
     if last:
         phases[f"after round {last}"] = f"evaluation {last}, self-edits"
     found = {title: _first_trials(ledger.trials(seed, phase)) for title, phase in phases.items()}
+    if not any(found.values()):
+        return []
     made: dict[tuple[bool, bool], list[Answered]] = {}
     for context in domain.contexts("held out"):
         task, elected = domain.tasks[context], {}
@@ -59,8 +60,7 @@ def choose(domain: FewShot, ledger: Ledger) -> list[Answered]:
             grids = domain.attempts(context, answers)[0] if answers else []
             elected[title] = grids[0] if grids else None
         solved = [grid == task.tests[0].output for grid in elected.values()]
-        if any(trials for trials in found.values()):
-            made.setdefault((solved[1], solved[-1]), []).append(Answered(task, elected))
+        made.setdefault((solved[1], solved[-1]), []).append(Answered(task, elected))
     outcomes = ((False, True), (True, True), (False, False), (True, False))
     return [one for outcome in outcomes for one in made.get(outcome, ())[:OF_EACH]]
 
@@ -76,12 +76,11 @@ def draw(puzzles: Sequence[Answered]) -> bytes:
 
     shown = max(min(DEMONSTRATIONS, len(one.task.train)) for one in puzzles)
     heads = ["shown" if i == 0 else "" for i in range(2 * shown)] + ["asked", "wanted", *puzzles[0].elected]
-    widths = [1.0] * len(heads)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 8, "text.parse_math": False})
-        figure = Figure(figsize=(1.0 * len(heads), 1.15 * len(puzzles) + 0.3), layout="constrained")
-        axes = figure.subplots(len(puzzles), len(heads), squeeze=False, width_ratios=widths)
+        figure = Figure(figsize=(len(heads), 1.15 * len(puzzles) + 0.3), layout="constrained")
+        axes = figure.subplots(len(puzzles), len(heads), squeeze=False)
         for row, (one, own) in enumerate(zip(puzzles, axes, strict=True)):
             test, cells = one.task.tests[0], list[tuple[Grid | None, str]]()
             for example in one.task.train[:shown]:
