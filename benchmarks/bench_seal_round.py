@@ -56,7 +56,7 @@ POLICY_RATE, POLICY_EPOCHS, POLICY_BATCH = 3e-4, 2, 10
 ANSWER = 64  # tokens
 JOBS = 5  # that PEFT trains, for one epoch, and asks
 # (shape, dtype, passages)
-CASES = [("miniature", torch.float32, 5), ("97m", torch.float32, 1), ("97m", torch.bfloat16, 1)]
+CASES = [("miniature", torch.float32, 5), ("97m", torch.bfloat16, 5), ("97m", torch.float32, 5)]
 if GPU:
     CASES = [("qwen2.5-7b", torch.bfloat16, 50)]
 

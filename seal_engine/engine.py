@@ -20,7 +20,7 @@ from seal_engine.config import ModelConfig
 from seal_engine.devices import free_memory, parse_device, parse_dtype, parse_path, total_memory
 from seal_engine.files import show
 from seal_engine.inputs import Inputs
-from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult
+from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, fewest_passes
 from seal_engine.kv_cache import KVCache
 from seal_engine.model import Model
 from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
@@ -209,10 +209,13 @@ class Engine:
         """
         if not isinstance(jobs, Sequence) or isinstance(jobs, str):
             raise InputError(f"jobs: found {show(jobs)}; accepted: a list of TrainJob")
-        trainer = self.trainer(callback=callback, **options)
-        ids = [trainer.submit(job) for job in jobs]
+        # The longest first: begun last, they would be left to train alone.
+        order = sorted(range(len(jobs)), key=lambda i: -fewest_passes(jobs[i]))
+        told = callback and (lambda job_id, step, loss: callback(order[job_id], step, loss))
+        trainer = self.trainer(callback=told, **options)
+        ids = dict(zip(order, [trainer.submit(jobs[i]) for i in order], strict=True))
         _run_to_end(trainer, len(jobs), "job", "Training", progress)
-        return [trainer.result(job_id) for job_id in ids]
+        return [trainer.result(ids[i]) for i in range(len(jobs))]
 
     @property
     def has_tokenizer(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from seal_engine.adapters import Adapter
-from seal_engine.types import LoraConfig, is_integer, is_number, require
+from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
 
 SCHEDULERS = ("linear", "cosine", "constant")
 
@@ -70,6 +70,16 @@ class TrainJob:
         require(place is None or isinstance(place, str | Path), "checkpoint_dir", place, "None or a path")
         plain = isinstance(self.sequences, Sequence) and not isinstance(self.sequences, str)
         require(plain and len(self.sequences) > 0, "sequences", self.sequences, "a list of at least one sequence")
+
+
+def fewest_passes(job: TrainJob) -> int:
+    """How many passes a job takes at least, one after the other; 0 for what cannot be trained."""
+    try:
+        require(isinstance(job, TrainJob), "job", job, "a TrainJob")
+        job.check()
+    except InputError:
+        return 0
+    return job.num_epochs * -(-len(job.sequences) // job.batch_size)
 
 
 @dataclass(frozen=True)

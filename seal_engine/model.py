@@ -18,7 +18,7 @@ from seal_engine.config import ModelConfig
 from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
 from seal_kernels.cross_entropy import token_logprobs
-from seal_kernels.linear import frozen_linear
+from seal_kernels.linear import frozen_linear, multiplies_bfloat16
 from seal_kernels.lora import lora_linear
 from seal_kernels.paged_attention import paged_attention, write_kv
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
@@ -48,7 +48,8 @@ class Layer:
 class Model:
     """Parameters in `dtype` on `device`, and the forward pass.
 
-    Activations are in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (see seal_kernels.linear).
+    Activations are in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (see seal_kernels.linear),
+    those between the two products of an MLP in `mlp_dtype`: on a CPU, too, bfloat16 if its products round to that.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
@@ -68,6 +69,8 @@ class Model:
         self.dtype = dtype
         self.device = device
         self.compute_dtype = torch.float32 if device.type == "cpu" else dtype
+        rounds = dtype == torch.bfloat16 and multiplies_bfloat16()
+        self.mlp_dtype = dtype if rounds else self.compute_dtype
         self.embed = empty(c.vocab_size, D)  # [V, D]
         self.layers = [
             Layer(
@@ -221,14 +224,21 @@ class Model:
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
         layer = self.layers[i]
-        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, 2)  # [T, 2 F]
+        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, 2, self.mlp_dtype)  # [T, 2 F]
         activated = swiglu(gate_up, row_independent=self.row_tile is not None)  # [T, F]
-        return self._project(activated, layer.down, layer.down_bias, lora, i, 3)
+        return self._project(activated, layer.down, layer.down_bias, lora, i, 3, x.dtype)
 
     def _project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraBatch | None, layer: int, group: int
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora: LoraBatch | None,
+        layer: int,
+        group: int,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """One of the layer's four matrices (see adapters.GROUPS), with its adapters if it has any."""
+        """One of the layer's four matrices (see adapters.GROUPS), with its adapters if it has any, in dtype or x's."""
         if lora is None or (layer, group) not in lora.groups:
-            return frozen_linear(x, weight, bias, self.row_tile)
-        return lora_linear(x, weight, bias, lora.groups[layer, group], lora.anchor, self.row_tile)
+            return frozen_linear(x, weight, bias, self.row_tile, dtype)
+        return lora_linear(x, weight, bias, lora.groups[layer, group], lora.anchor, self.row_tile, dtype)

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 import oracle
 from compare import relative_error
-from seal_engine import AdamParams, Datum, Engine, InputError, LoraConfig, TrainJob
+from seal_engine import AdamParams, Datum, Engine, InputError, LoraConfig, TrainJob, train
 from seal_engine.adapters import adapter_layout
 from seal_engine.plan import HEADROOM, activation_bytes
 from seal_engine.train import forward_backward
@@ -413,6 +413,20 @@ def test_the_callback_is_called_once_a_step(deterministic):
     assert [r.num_steps for r in results] == [6, 6, 4]
     for i, result in enumerate(results):
         assert [(step, loss) for number, step, loss in calls if number == i] == list(enumerate(result.losses, 1))
+
+
+def test_the_longest_jobs_are_begun_first(deterministic, monkeypatch):
+    """Twelve short jobs and one of nine passes, two to a pass: begun last, the long one would make it 15 passes."""
+    passes, calls = [], []
+    whole = train.target_logprobs
+    monkeypatch.setattr(train, "target_logprobs", lambda *args: passes.append(len(args[1])) or whole(*args))
+    sequence = list(range(1, 11))
+    jobs = [TrainJob([sequence], CONFIGS[0]) for _ in range(12)] + [TrainJob([sequence] * 3, CONFIGS[0], num_epochs=3)]
+    jobs.insert(4, "no job")
+    results = deterministic.train(jobs, lambda i, step, _: calls.append((i, step)), progress=False, token_budget=20)
+    assert len(passes) == -(-(12 + 9) // 2)
+    assert [r.num_steps for r in results] == [1] * 4 + [0] + [1] * 8 + [9]
+    assert sorted(calls) == sorted([(i, 1) for i in range(13) if i != 4] + [(13, step) for step in range(1, 10)])
 
 
 def test_submitting_polling_and_cancelling(deterministic):

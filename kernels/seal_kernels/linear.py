@@ -4,8 +4,10 @@ Shapes: x [T, I], W [O, I], b [O]; y [T, O]. 2 T I O FLOPs each way, by the vend
 
 On the CPU activations are float32 whatever the weights are. Where the CPU has matrix instructions for bfloat16 (AMX,
 AVX512-BF16), a product with bfloat16 weights rounds x and y to bfloat16, sums being float32: three to six times as fast
-as float32. Elsewhere 16-bit products are three times slower than float32 ones, so a 16-bit weight is widened, a slice
-of rows at a time into a scratch that stays in the cache: its memory stays 16-bit (benchmarks/bench_linear.py).
+as float32. What lies between two such products may then stay bfloat16, as it is rounded on both sides anyway: x and y
+need not be of one dtype. Elsewhere 16-bit products are three times slower than float32 ones, so a 16-bit weight is
+widened, a slice of rows at a time into a scratch that stays in the cache: its memory stays 16-bit
+(benchmarks/bench_linear.py).
 
 The vendor's product gives a row other bits when the number of rows changes (it may split the sum over I differently).
 With row_tile, x goes through in tiles of exactly that many rows, the last one padded with zeros: then a row's bits
@@ -21,6 +23,7 @@ from torch import Tensor
 from seal_kernels.dispatch import run
 
 ROUNDED_ROWS = 512  # rows of x that are rounded to bfloat16 at a time
+FEW_ROWS = 64  # up to which W x^T is faster than x W^T: the library rearranges the right-hand operand in each call
 SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: small enough to stay in the last-level cache until it is used
 
 
@@ -38,7 +41,7 @@ def multiplies_bfloat16() -> bool:
 
 def _native(x: Tensor, weight: Tensor) -> bool:
     """Whether to round x to bfloat16 rather than to widen weight."""
-    return weight.dtype == torch.bfloat16 and x.dtype == torch.float32 and multiplies_bfloat16()
+    return weight.dtype == torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16) and multiplies_bfloat16()
 
 
 def widened_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -64,64 +67,79 @@ def in_tiles(product: Callable[[Tensor], Tensor], x: Tensor, row_tile: int | Non
 
 def _rounded_product(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """out = x times factor in factor's dtype, some rows at a time: what is converted stays in the cache."""
-    for rows, own in zip(out.split(ROUNDED_ROWS), x.split(ROUNDED_ROWS), strict=True):
-        rows.copy_(torch.mm(own.to(factor.dtype), factor))
-    return out
+    if len(x) > ROUNDED_ROWS:
+        for rows, own in zip(out.split(ROUNDED_ROWS), x.split(ROUNDED_ROWS), strict=True):
+            _rounded_product(own, factor, rows)
+        return out
+    x = x.to(factor.dtype)
+    if len(x) <= FEW_ROWS and factor.T.is_contiguous():
+        return out.copy_(torch.mm(factor.T, x.T).T)
+    return torch.mm(x, factor, out=out) if out.dtype == factor.dtype else out.copy_(torch.mm(x, factor))
 
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out [T, O] = x W^T on the CPU, for x and out of one dtype and a weight of that or a narrower one."""
-    if x.dtype == weight.dtype:
+    """out [T, O] = x W^T; on the CPU x, weight and out may be of three dtypes."""
+    if x.dtype == weight.dtype == out.dtype:
         return torch.mm(x, weight.T, out=out)
     if _native(x, weight):
         return _rounded_product(x, weight.T, out)
-    for rows, wide in widened_slices(weight, x.dtype):
+    x = x.to(out.dtype)
+    for rows, wide in widened_slices(weight, out.dtype):
         torch.mm(x, wide.T, out=out[:, rows])
     return out
 
 
 def multiply_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out [T, I] = dy W, likewise."""
-    if dy.dtype == weight.dtype:
+    if dy.dtype == weight.dtype == out.dtype:
         return torch.mm(dy, weight, out=out)
     if _native(dy, weight):
         return _rounded_product(dy, weight, out)
+    dy = dy.to(out.dtype)
     out.zero_()
-    for rows, wide in widened_slices(weight, dy.dtype):
+    for rows, wide in widened_slices(weight, out.dtype):
         torch.addmm(out, dy[:, rows], wide, out=out)
     return out
 
 
-def frozen_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None) -> Tensor:
-    """x W^T + b, outside autograd."""
+def frozen_linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None, dtype: torch.dtype
+) -> Tensor:
+    """x W^T + b in dtype, outside autograd."""
 
     def product(x: Tensor) -> Tensor:
-        if x.dtype == weight.dtype:
+        if x.dtype == weight.dtype == dtype:
             return torch.nn.functional.linear(x, weight, bias)
-        y = multiply(x, weight, x.new_empty(len(x), len(weight)))
+        y = multiply(x, weight, x.new_empty(len(x), len(weight), dtype=dtype))
         return y if bias is None else y.add_(bias)
 
     return in_tiles(product, x, row_tile)
 
 
-def frozen_linear_backward(dy: Tensor, weight: Tensor, row_tile: int | None) -> Tensor:
-    """dx = dy W, outside autograd."""
-    return in_tiles(lambda dy: multiply_backward(dy, weight, dy.new_empty(len(dy), weight.shape[1])), dy, row_tile)
+def frozen_linear_backward(dy: Tensor, weight: Tensor, row_tile: int | None, dtype: torch.dtype) -> Tensor:
+    """dx = dy W in dtype, outside autograd."""
+
+    def product(dy: Tensor) -> Tensor:
+        return multiply_backward(dy, weight, dy.new_empty(len(dy), weight.shape[1], dtype=dtype))
+
+    return in_tiles(product, dy, row_tile)
 
 
 class FrozenLinear(torch.autograd.Function):
     """Saves only the weight (no copy)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.row_tile = row_tile
-        return frozen_linear_forward(x, weight, bias, row_tile)
+        ctx.row_tile, ctx.dtype = row_tile, x.dtype
+        return frozen_linear_forward(x, weight, bias, row_tile, dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        return frozen_linear_backward(dy, weight, ctx.row_tile), None, None, None
+        return frozen_linear_backward(dy, weight, ctx.row_tile, ctx.dtype), None, None, None, None
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -132,11 +150,18 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"frozen_linear: bias is {tuple(bias.shape)}, weight is {tuple(weight.shape)}")
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, row_tile: int | None = None) -> Tensor:
-    """x [T, I] times weight [O, I] transposed plus bias [O], in x's dtype: [T, O]. Differentiable in x only.
+def frozen_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    row_tile: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x [T, I] times weight [O, I] transposed plus bias [O]: [T, O]. Differentiable in x only.
 
     weight and bias may be in a narrower dtype than x. row_tile: a row's result does not depend on the other rows, bit
-    for bit. Raises ValueError on shapes that do not match.
+    for bit. dtype: of the result, x's unless given; another one is for the CPU. Raises ValueError on shapes that do
+    not match.
     """
     check_linear(x, weight, bias)
-    return run(FrozenLinear, x, weight, bias, row_tile)
+    return run(FrozenLinear, x, weight, bias, row_tile, x.dtype if dtype is None else dtype)

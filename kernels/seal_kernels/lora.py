@@ -244,9 +244,10 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup, row_tile: int | None
-    ) -> Tensor:
-        y = frozen_linear_forward(x, weight, bias, row_tile)
+        ctx, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup, row_tile: int | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        y = frozen_linear_forward(x, weight, bias, row_tile, dtype)
         if use_triton(x, weight, bias):
             x = x if x.stride(1) == 1 else x.contiguous()
             ctx.tables = group.tables or device_tables([group], [x.shape[1]], x.device).groups[0]
@@ -260,24 +261,29 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        dx = frozen_linear_backward(dy, weight, ctx.row_tile) if ctx.needs_input_grad[0] else None
+        dx = frozen_linear_backward(dy, weight, ctx.row_tile, x.dtype) if ctx.needs_input_grad[0] else None
         if use_triton(x, weight, dy):
             _backward_triton(x, dy if dy.stride(1) == 1 else dy.contiguous(), dx, ctx.hidden, ctx.tables)
         else:
             lora_backward_cpu(x, dy, dx, ctx.hidden, ctx.group)
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None, None, None
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup, anchor: Tensor, row_tile: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: LoraGroup,
+    anchor: Tensor,
+    row_tile: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y [T, O] = frozen_linear(x, weight, bias) plus each segment's low-rank update.
+    """y [T, O] = frozen_linear(x, weight, bias, row_tile, dtype) plus each segment's low-rank update.
 
     Differentiable in x; the adapters' gradients are added to group.grads during backward. anchor: any tensor that
-    requires a gradient (its own stays None). row_tile: as of frozen_linear. Raises ValueError on shapes that do not
-    match.
+    requires a gradient (its own stays None). Raises ValueError on shapes that do not match.
     """
     check_linear(x, weight, bias)
     if group.bounds[0] != 0 or group.bounds[-1] != len(x):
         raise ValueError(f"lora_linear: segments cover tokens {group.bounds[0]} to {group.bounds[-1]} of {len(x)}")
-    return run(LoraLinear, x, anchor, weight, bias, group, row_tile)
+    return run(LoraLinear, x, anchor, weight, bias, group, row_tile, x.dtype if dtype is None else dtype)

@@ -2,7 +2,7 @@
 
 At the sizes of a miniature model the products take microseconds, so what surrounds them counts: views of adapters are
 made once (AdapterViews), those of a segment's tokens by one split a tensor. A segment's products have the shapes that
-it has alone, so its bits do not depend on its company.
+it has alone, so its bits do not depend on its company. They are float32, whatever x and y are.
 """
 
 from itertools import pairwise
@@ -43,6 +43,10 @@ def _masks(group: LoraGroup, s: int, views: AdapterViews, rows: int) -> list[Ten
     return [keep_mask(group.seeds[s, m], group.dropout[s], rows, views.a.shape[1]) for m in views.projections]
 
 
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _product(x: Tensor, factor: Tensor, tile: int | None) -> Tensor:
     """x times factor, in tiles of so many rows."""
     return in_tiles(lambda rows: rows @ factor, x, tile)
@@ -54,7 +58,7 @@ def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup, row_tile: int | Non
     row_tile: a row's bits do not depend on how many rows its segment has, as when it is sampled token by token.
     """
     tile = None if row_tile is None else TILE
-    segments, xs = _split(x, group)
+    segments, xs = _split(_widened(x), group)
     outs, views, scales, hidden = _columns(y, group), _views(group, x.shape[1]), group.scales.tolist(), []
     for s in segments:
         view = views[s]
@@ -65,7 +69,7 @@ def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup, row_tile: int | Non
             each = zip(masks, view.a.split_with_sizes(view.ranks), strict=True)
             h = torch.cat([(xs[s] * mask) @ a.T for mask, a in each], 1)
         for m, h_m, b in zip(view.projections, h.split_with_sizes(view.ranks, 1), view.b, strict=True):
-            if tile is None:
+            if tile is None and y.dtype == h.dtype:
                 outs[m][s].addmm_(h_m, b, alpha=scales[s][m])
             else:
                 outs[m][s].add_(_product(h_m, b, tile), alpha=scales[s][m])
@@ -75,8 +79,8 @@ def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup, row_tile: int | Non
 
 def lora_backward_cpu(x: Tensor, dy: Tensor, dx: Tensor | None, hidden: list[Tensor], group: LoraGroup) -> None:
     """Adds every segment's part to dx, and its gradients of A and B to the adapters' own."""
-    segments, xs = _split(x, group)
-    gs, views, scales = _columns(dy, group), _views(group, x.shape[1]), group.scales.tolist()
+    segments, xs = _split(_widened(x), group)
+    gs, views, scales = _columns(_widened(dy), group), _views(group, x.shape[1]), group.scales.tolist()
     dxs = None if dx is None else _split(dx, group)[1]
     for s, h in zip(segments, hidden, strict=True):
         view, given = views[s], xs[s]
@@ -91,8 +95,10 @@ def lora_backward_cpu(x: Tensor, dy: Tensor, dx: Tensor | None, hidden: list[Ten
         if masks is None:
             if view.da is not None:
                 view.da.addmm_(dh.T, given)
-            if dxs is not None:
+            if dxs is not None and dxs[s].dtype == dh.dtype:
                 dxs[s].addmm_(dh, view.a)
+            elif dxs is not None:
+                dxs[s].add_(dh @ view.a)
             continue
         for i, (mask, dh_m, a) in enumerate(zip(masks, dh_parts, view.a.split_with_sizes(view.ranks), strict=True)):
             if view.da is not None:

@@ -355,13 +355,15 @@ def write_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots
     if k.stride(2) != 1 or v.stride(2) != 1:
         raise ValueError("write_kv: the last dimension of k and v must be contiguous")
     if not use_triton(k, v, key_cache, value_cache, slots):
-        if bool((slots >= N * B).any()):
-            raise ValueError(f"write_kv: slot {int(slots.max())} of {N * B}")
-        if bool((slots < 0).any()):
+        low, high = (int(slot) for slot in slots.aminmax()) if T else (0, 0)
+        if high >= N * B:
+            raise ValueError(f"write_kv: slot {high} of {N * B}")
+        if low < 0:
             used = slots >= 0
             k, v, slots = k[used], v[used], slots[used]
+        place = slots // B, slots % B
         for cache, x in ((key_cache, k), (value_cache, v)):
-            cache[slots // B, slots % B] = x.to(cache.dtype)
+            cache.index_put_(place, x.to(cache.dtype))
     elif T:
         config = launch_config(E, key_cache.dtype, "write", (0, 0), 1)
         write_kv_kernel[(cdiv(T * K, config["BLOCK_R"]),)](

@@ -11,12 +11,16 @@ Bytes, b per element: forward 3 b F a row (two reads, one write), backward 5 b F
 FLOPs and one exponential an element forward, twice that backward: memory bound.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
+
+WIDENED_ROWS = 32  # of 16-bit tensors that the CPU takes at a time
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -80,15 +84,7 @@ class SwiGLU(torch.autograd.Function):
                 grid = (cdiv(T, config["BLOCK_T"]), cdiv(F, config["BLOCK_F"]))
                 swiglu_forward_kernel[grid](gate_up, y, T, F, gate_up.stride(0), **config)
         else:
-            gate, up = gate_up[:, :F], gate_up[:, F:]
-            wide = _widened(y)
-            if row_independent:
-                torch.mul(gate, _sigmoid_cpu(gate.to(wide.dtype)), out=wide)
-            else:
-                torch.ops.aten.silu.out(gate.to(wide.dtype), out=wide)
-            wide.mul_(up)
-            if wide is not y:
-                y.copy_(wide)
+            _in_float32(partial(_forward_cpu, row_independent), gate_up, out=y)
         ctx.save_for_backward(gate_up)
         ctx.row_independent = row_independent
         return y
@@ -104,21 +100,7 @@ class SwiGLU(torch.autograd.Function):
                 grid = (cdiv(T, config["BLOCK_T"]), cdiv(F, config["BLOCK_F"]))
                 swiglu_backward_kernel[grid](dy.contiguous(), gate_up, dgate_up, T, F, gate_up.stride(0), **config)
         else:
-            wide = _widened(dgate_up)
-            dgate, dup = wide[:, :F], wide[:, F:]
-            gate, up = gate_up[:, :F].to(wide.dtype), gate_up[:, F:]
-            if ctx.row_independent:
-                sigmoid = _sigmoid_cpu(gate)
-                torch.mul(gate, sigmoid, out=dup)
-                torch.mul(dup, 1 - sigmoid, out=dgate).add_(sigmoid).mul_(dy).mul_(up)
-                dup.mul_(dy)
-            else:
-                torch.ops.aten.silu.out(gate, out=dup)
-                dup.mul_(dy)
-                torch.mul(dy, up, out=dgate) if wide is dgate_up else dgate.copy_(dy).mul_(up)
-                torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-            if wide is not dgate_up:
-                dgate_up.copy_(wide)
+            _in_float32(partial(_backward_cpu, ctx.row_independent), gate_up, dy, out=dgate_up)
         return dgate_up, None
 
 
@@ -130,10 +112,38 @@ def _sigmoid_cpu(x: Tensor) -> Tensor:
     return torch.neg(x).exp_().add_(1).reciprocal_()
 
 
-def _widened(out: Tensor) -> Tensor:
-    """Where the CPU path computes: out itself, or float32 of its shape where out is narrower."""
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    return out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
+def _forward_cpu(row_independent: bool, gate_up: Tensor, *, out: Tensor) -> None:
+    gate, up = gate_up.chunk(2, 1)
+    if row_independent:
+        torch.mul(gate, _sigmoid_cpu(gate), out=out).mul_(up)
+    else:
+        torch.ops.aten.silu.out(gate, out=out).mul_(up)
+
+
+def _backward_cpu(row_independent: bool, gate_up: Tensor, dy: Tensor, *, out: Tensor) -> None:
+    (gate, up), (dgate, dup) = gate_up.chunk(2, 1), out.chunk(2, 1)
+    if row_independent:
+        sigmoid = _sigmoid_cpu(gate)
+        torch.mul(gate, sigmoid, out=dup)
+        torch.mul(dup, 1 - sigmoid, out=dgate).add_(sigmoid).mul_(dy).mul_(up)
+        dup.mul_(dy)
+    else:
+        torch.ops.aten.silu.out(gate, out=dup).mul_(dy)
+        torch.mul(dy, up, out=dgate)
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+
+
+def _in_float32(fn: Callable[..., None], *tensors: Tensor, out: Tensor) -> None:
+    """fn(*tensors, out=out), in float32 where they are narrower: some rows at a time, which stay in the cache."""
+    if out.element_size() >= 4:
+        fn(*tensors, out=out)
+    elif len(out) > WIDENED_ROWS:
+        for *rows, own in zip(*(x.split(WIDENED_ROWS) for x in (*tensors, out)), strict=True):
+            _in_float32(fn, *rows, out=own)
+    else:
+        wide = torch.empty(out.shape)
+        fn(*(x.float() for x in tensors), out=wide)
+        out.copy_(wide)
 
 
 def swiglu(gate_up: Tensor, row_independent: bool = False) -> Tensor:

@@ -38,6 +38,22 @@ def test_frozen_linear_equals_reference(T, I, O, dtype, row_tile, native):
         check(ours, reference, [x], [dy])
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU, x, y and the weight are of one dtype")
+@pytest.mark.parametrize("row_tile", [None, 16])
+@pytest.mark.parametrize(("inner", "outer"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("T", [1, 64, 65, 700])
+def test_x_and_y_may_be_of_two_dtypes(T, inner, outer, row_tile, native):
+    """On both sides of the number of rows from which on the operands are exchanged. Three roundings of 2^-9."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(T, 40).to(inner), torch.randn(T, 72).to(outer)
+    weight, bias = torch.randn(72, 40).bfloat16(), torch.randn(72).bfloat16()
+    y, dx = run(lambda x: frozen_linear(x, weight, bias, row_tile, outer), [x], [dy])
+    assert (y.dtype, dx.dtype) == (outer, inner)
+    truth = run(lambda x: frozen_linear_ref(x, weight, bias), [x.double()], [dy.double()])
+    assert relative_error(y, truth[0]) < 2**-7.5
+    assert relative_error(dx, truth[1]) < 2**-7.5
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="row tiles are for the CPU's products")
 @pytest.mark.parametrize(("I", "O"), [(48, 1009), (896, 1152), (4864, 896)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,6 @@ from seal_kernels.lora import (
 from seal_kernels.lora_tables import LoraGroup, device_tables, keep_mask
 
 ON_CPU_PATH = not INTERPRET and DEVICE.type == "cpu"
-WORKING_DTYPES = [torch.float32] if ON_CPU_PATH else DTYPES  # activations are float32 on the CPU path
 
 
 def make_group(lengths, ranks, columns, inputs, dropout=None, seed=0, aligned=False):
@@ -85,7 +84,7 @@ def compare(group, inputs, outputs, dtype=torch.float32, bias=True, bound=1e-5):
 QKV = [(0, 40), (40, 56), (56, 72)]
 
 
-@pytest.mark.parametrize("dtype", WORKING_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("lengths", "ranks"),
     [
@@ -100,7 +99,7 @@ def test_lora_equals_reference(lengths, ranks, dtype):
     compare(make_group(lengths, ranks, QKV, inputs=48), inputs=48, outputs=72, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", WORKING_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_aligned_adapters(dtype):
     """As the engine lays them out; a factor wider than a block, of columns that are no multiple of one."""
     columns = [(0, 144), (144, 160)]
@@ -117,7 +116,7 @@ def test_one_projection_with_many_adapters():
     compare(group, inputs=20, outputs=33, bias=False)
 
 
-@pytest.mark.parametrize("dtype", WORKING_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [[9, 30, 4], [2, 0, 140]])
 def test_dropout_is_the_reference_s(lengths, dtype):
     """Forward and backward: elements are dropped by their place, in the segment's second block of tokens too."""
