@@ -21,8 +21,9 @@ peft, one at a time: no padding in training, a job's questions as one padded bat
 update without the merge. peft, padded to 2048: the same, but training sequences are padded and the loss is taken
 there, too, as published. Both are timed on a few jobs, the better of two calls after one that is not timed, and
 extrapolated: sampling and the update by steps, training by tokens (padded: by steps), asking by adapters.
-extrapolated_from says from how many. Their losses and answers are compared with ours first: there is no figure for a
-wrong result. percent_stolen: of our time, in which other machines on the same host had the cores.
+extrapolated_from says from how many. On a CPU, a part of ours that takes under a minute is the better of two calls,
+too. Their losses and answers are compared with ours first: there is no figure for a wrong result. percent_stolen: of
+our time, in which other machines on the same host had the cores.
 """
 
 import ctypes
@@ -54,6 +55,7 @@ INNER = LoraConfig(r=32, lora_alpha=64, target_modules=QV)
 POLICY = LoraConfig(r=64, lora_alpha=128, target_modules=SEVEN)
 POLICY_RATE, POLICY_EPOCHS, POLICY_BATCH = 3e-4, 2, 10
 ANSWER = 64  # tokens
+AGAIN = 60  # seconds below which a part is measured twice on a CPU, which others may use: the better call counts
 JOBS = 5  # that PEFT trains, for one epoch, and asks
 # (shape, dtype, passages)
 CASES = [("miniature", torch.float32, 5), ("97m", torch.bfloat16, 5), ("97m", torch.float32, 5)]
@@ -131,6 +133,7 @@ class Round:
         assert [len(out.outputs[0].token_ids) for out in outs] == [n for _, n in requests]
 
     def training(self) -> None:
+        self.adapters = []  # an earlier call's
         jobs = [
             TrainJob(sequences, INNER, num_epochs=self.epochs, seed=repeat)
             for p in self.passages
@@ -371,11 +374,18 @@ def test_seal_round(benchmark, record, tmp_path, shape, dtype, passages):
             seal_engine_times_faster=time / seconds[part], **columns,
         )  # fmt: skip
 
+    def call(part: str) -> tuple[float, float]:
+        """Seconds of a part, and the percentage of them that other machines took."""
+        before = measure.stolen()
+        time = timed(getattr(ours, part))
+        return time, 100 * (measure.stolen() - before) / time
+
     def turn() -> None:
         for part in PARTS:
-            before = measure.stolen()
-            seconds[part] = timed(getattr(ours, part))
-            taken = 100 * (measure.stolen() - before) / seconds[part]
+            calls = [call(part)]
+            if not GPU and calls[0][0] < AGAIN:
+                calls.append(call(part))
+            seconds[part], taken = min(calls)
             flops, moved = needs[part]
             times = {"FLOPs": flops / rates["FLOPs"], "bytes": moved / rates["bytes"]}
             limit = max(times, key=times.__getitem__)
