@@ -165,8 +165,10 @@ def seal_round() -> str:
     cases = dict.fromkeys((row["shape"], row["dtype"], row["passages"]) for row in rows)
     lines = []
     for shape, dtype, passages in cases:
+        own = [row for row in rows if (row["shape"], row["dtype"], row["passages"]) == (shape, dtype, passages)]
+        taken = {row["part"]: row["seconds"] * row["percent_stolen"] for row in own if "percent_stolen" in row}
+        taken["round"] = sum(taken.values())
         for part in ("sampling", "training", "asking", "updating", "round"):
-            own = [row for row in rows if (row["shape"], row["dtype"], row["passages"]) == (shape, dtype, passages)]
             found = {row["who"]: row for row in own if row["part"] == part}
             ours, floor = found["seal_engine"], found["floor"]
             alone, padded = found["peft, one at a time"], found["peft, padded to 2048"]
@@ -175,13 +177,14 @@ def seal_round() -> str:
                 f"{shape} {dtype}, {many}" if part == "sampling" else "",
                 part,
                 f"{ours['seconds']:.3g} s",
+                f"{taken[part] / ours['seconds']:.0f}%",
                 f"{ours['percent_of_floor']:.0f}%" + (f" ({floor['limit']})" if "limit" in floor else ""),
                 f"{found['host, by a profiled replay']['percent_of_seal_engine']:.0f}%",
                 f"{alone['seal_engine_times_faster']:.1f}",
                 f"{padded['seal_engine_times_faster']:.1f}",
             ]
             lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
-    heads = ("base", "part", "seal_engine", "share of its floor", "host", "times faster than PEFT",
+    heads = ("base", "part", "seal_engine", "taken by others", "share of its floor", "host", "times faster than PEFT",
              "than PEFT, padded")  # fmt: skip
     return table(heads, lines) + source("bench_seal_round_cpu", machine)
 

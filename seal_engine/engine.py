@@ -67,7 +67,7 @@ class Engine:
 
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or a torch.device.
         dtype: "auto" (as the checkpoint says), "float32", "float16", "bfloat16" or a torch.dtype: of the parameters.
-        On a CPU, activations are float32 whatever the parameters are.
+        On a CPU, activations are float32 whatever the parameters are, but for `Model.mlp_dtype`.
         deterministic: an adapter trained alone and among any others comes out the same bit for bit (on a CPU), not
         only to float32 rounding.
         Raises InputError (a ValueError) naming the file and field for anything that cannot be loaded.
