@@ -2,12 +2,20 @@
 
 import importlib.util
 import os
+from datetime import timedelta
 
 import pytest
 import torch
 
 if importlib.util.find_spec("triton"):
     import triton  # noqa: F401
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # Against what never ends; its own 200 ms a shared machine can miss in any test.
+    settings.register_profile("shared", deadline=timedelta(seconds=20))
+    settings.load_profile("shared")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
