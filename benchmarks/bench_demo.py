@@ -11,9 +11,9 @@ import pytest
 
 import measure
 from seal_engine import runs
-from seal_engine.ledger import Ledger
-from seal_engine.report import write_report
-from seal_engine.verbs_run import DEMOS
+from seal_engine.cli.run import DEMOS
+from seal_engine.loop.ledger import Ledger
+from seal_engine.report.page import write_report
 
 SEEDS = (0, 1, 2)
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the miniature is for machines without a GPU")

@@ -25,10 +25,10 @@ import measure
 from bench_sample import generate_padded, same
 from bench_train import SEVEN, Batch, OneAtATime, load_base
 from seal_engine import Engine, SamplingParams, TrainJob
-from seal_engine.domains.directive import STRATEGIES, Directive
-from seal_engine.domains.few_shot import FewShot, FewShotConfig
-from seal_engine.jobs import TrainResult
+from seal_engine.domains.few_shot.directive import STRATEGIES, Directive
+from seal_engine.domains.few_shot.task import FewShot, FewShotConfig
 from seal_engine.tiny.puzzles import DATA, EPOCHS, LEARNING_RATES, PROMPT, PUZZLE_MODEL, SELF_EDIT, Puzzles
+from seal_engine.training.jobs import TrainResult
 from shapes import random_model
 
 TASKS, SELF_EDITS, EVERY = 12, 15, 12

@@ -19,8 +19,10 @@ import pytest
 import torch
 
 import measure
-from seal_engine.adapters import GROUPS, Adapter, LoraBatch, projection_sizes
-from seal_engine.config import ModelConfig
+from seal_engine.model.adapter_layout import GROUPS, projection_sizes
+from seal_engine.model.adapters import Adapter
+from seal_engine.model.config import ModelConfig
+from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import LoraConfig
 from seal_kernels.linear import frozen_linear
 from seal_kernels.lora import LoraGroup, lora_linear, lora_linear_ref

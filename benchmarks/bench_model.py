@@ -45,7 +45,7 @@ def ours(model, batch):
 def theirs(model, batch, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from seal_engine.checkpoint import save_model
+    from seal_engine.model.checkpoint import save_model
 
     save_model(model, tmp_path / "checkpoint")
     reference = AutoModelForCausalLM.from_pretrained(

@@ -15,7 +15,7 @@ import torch
 
 import measure
 from seal_engine import Adapter, Engine, LoraConfig, TrainJob
-from seal_engine.checkpoint import save_model
+from seal_engine.model.checkpoint import save_model
 from shapes import random_model
 
 GPU = measure.DEVICE.type == "cuda"

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from seal_engine.domains.results import Article, select
-from seal_engine.domains.seal_files import read_result
-from seal_engine.domains.self_edits import split
+from seal_engine.domains.knowledge.results import Article, select
+from seal_engine.domains.knowledge.seal_files import read_result
+from seal_engine.domains.knowledge.self_edits import split
 from seal_engine.domains.templating import fill, read_template
 
 CHARACTERS_A_TOKEN = 4.6

@@ -2,9 +2,9 @@
 
 import torch
 
-from seal_engine.config import ModelConfig
 from seal_engine.files import read_json
-from seal_engine.model import Model
+from seal_engine.model.config import ModelConfig
+from seal_engine.model.transformer import Model
 from seal_engine.tiny import MODEL
 
 SHAPES = {

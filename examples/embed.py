@@ -4,7 +4,7 @@ Run it with: python examples/embed.py
 """
 
 from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
-from seal_engine.domains.grading import exact_match
+from seal_engine.domains.knowledge.grading import exact_match
 from seal_engine.tiny import MODEL
 from seal_engine.tiny.world import QUESTION_PROMPT, SELF_EDIT_PROMPT, World
 

@@ -1,10 +1,10 @@
 """A small, fast engine for self-adapting language models. See README.md."""
 
-from seal_engine.adapters import Adapter
 from seal_engine.engine import Engine
-from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, TrainSequence
+from seal_engine.model.adapters import Adapter
 from seal_engine.plan import Plan
-from seal_engine.requests import Completion, Delta, RequestOutput, SamplingParams
+from seal_engine.sampling.requests import Completion, Delta, RequestOutput, SamplingParams
+from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, TrainSequence
 from seal_engine.types import InputError, LoraConfig
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from seal_engine.cli import main
+from seal_engine.cli.main import main
 
 sys.exit(main())

@@ -14,20 +14,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from seal_engine.adapters import Adapter, LoraBatch, adapter_layout
-from seal_engine.checkpoint import load_model, reload_model, save_model
-from seal_engine.config import ModelConfig
-from seal_engine.devices import free_memory, parse_device, parse_dtype, parse_path, total_memory
 from seal_engine.files import show
 from seal_engine.inputs import Inputs
-from seal_engine.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, fewest_passes
-from seal_engine.kv_cache import KVCache
-from seal_engine.model import Model
+from seal_engine.model.adapter_layout import adapter_layout
+from seal_engine.model.adapters import Adapter
+from seal_engine.model.checkpoint import load_model, reload_model, save_model
+from seal_engine.model.config import ModelConfig
+from seal_engine.model.devices import free_memory, parse_device, parse_dtype, parse_path, total_memory
+from seal_engine.model.lora_batch import LoraBatch
+from seal_engine.model.tokenizer import Tokenizer, read_stop_token_ids
+from seal_engine.model.transformer import Model
 from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
-from seal_engine.requests import Delta, RequestOutput, SamplingParams
-from seal_engine.sample import Sampler
-from seal_engine.tokenizer import Tokenizer, read_stop_token_ids
-from seal_engine.train import Trainer, forward_backward, optim_step
+from seal_engine.sampling.kv_cache import KVCache
+from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
+from seal_engine.sampling.sampler import Sampler
+from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, min_sequential_steps
+from seal_engine.training.trainer import Trainer
+from seal_engine.training.verbs import forward_backward, optim_step
 from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_integer, require
 
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
@@ -210,7 +213,7 @@ class Engine:
         if not isinstance(jobs, Sequence) or isinstance(jobs, str):
             raise InputError(f"jobs: found {show(jobs)}; accepted: a list of TrainJob")
         # The longest first: begun last, they would be left to train alone.
-        order = sorted(range(len(jobs)), key=lambda i: -fewest_passes(jobs[i]))
+        order = sorted(range(len(jobs)), key=lambda i: -min_sequential_steps(jobs[i]))
         told = callback and (lambda job_id, step, loss: callback(order[job_id], step, loss))
         trainer = self.trainer(callback=told, **options)
         ids = dict(zip(order, [trainer.submit(jobs[i]) for i in order], strict=True))

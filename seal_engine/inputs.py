@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from seal_engine.config import ModelConfig
 from seal_engine.files import show
-from seal_engine.jobs import TrainJob, TrainSequence
-from seal_engine.tokenizer import Tokenizer
+from seal_engine.model.config import ModelConfig
+from seal_engine.model.tokenizer import Tokenizer
+from seal_engine.training.jobs import TrainJob, TrainSequence
 from seal_engine.types import InputError
 
 

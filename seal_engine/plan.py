@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from seal_engine.adapters import AdapterLayout, adapter_layout
-from seal_engine.config import ModelConfig
+from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
+from seal_engine.model.config import ModelConfig
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
 from seal_kernels.cross_entropy import CHUNK_BYTES
 

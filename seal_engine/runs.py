@@ -13,16 +13,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from seal_engine.adapters import adapter_layout
-from seal_engine.domains.few_shot import PUBLISHED, FewShot, FewShotConfig
-from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
-from seal_engine.domains.puzzle_picture import write_puzzles
-from seal_engine.domains.seal_files import write_result, write_sft
+from seal_engine.domains.few_shot.puzzle_picture import write_puzzles
+from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
+from seal_engine.domains.knowledge.seal_files import write_result, write_sft
+from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
-from seal_engine.ledger import Ledger
-from seal_engine.loop import Domain, LoopConfig
-from seal_engine.restem import TOGETHER, WRITTEN, ReSTEM, check
-from seal_engine.settings import defaults_of, make
+from seal_engine.loop.domain import Domain, LoopConfig
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.restem import TOGETHER, WRITTEN, ReSTEM, check
+from seal_engine.loop.settings import defaults_of, make
+from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
 from seal_engine.types import InputError, require, setting

@@ -20,8 +20,8 @@ from tokenizers import models, pre_tokenizers, trainers
 
 import oracle
 from seal_engine import Engine, InputError
-from seal_engine.checkpoint import INDEX
-from seal_engine.config import ARCHITECTURES, ModelConfig
+from seal_engine.model.checkpoint import INDEX
+from seal_engine.model.config import ARCHITECTURES, ModelConfig
 
 # Nothing here is large, so whatever takes longer than this hangs.
 GENERATED = settings(

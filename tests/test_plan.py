@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from seal_engine import InputError, LoraConfig
-from seal_engine.adapters import adapter_layout
-from seal_engine.config import ModelConfig
+from seal_engine.model.adapter_layout import adapter_layout
+from seal_engine.model.config import ModelConfig
 from seal_engine.plan import HEADROOM, RECOMPUTE, activation_bytes, make_plan
 
 GIB = 2**30
@@ -27,10 +27,10 @@ MEASURED = {
 }  # fmt: skip
 PEAK = """
 import sys, torch
-from seal_engine.adapters import Adapter
-from seal_engine.config import ModelConfig
-from seal_engine.model import Model
-from seal_engine.train import Work, target_logprobs
+from seal_engine.model.adapters import Adapter
+from seal_engine.model.config import ModelConfig
+from seal_engine.model.transformer import Model
+from seal_engine.training.verbs import AdapterBatch, target_logprobs
 from seal_engine.types import LoraConfig
 
 def kib(key):
@@ -41,12 +41,12 @@ model = Model(config, torch.float32, torch.device("cpu"))
 for _, tensor in model.named_tensors():
     tensor.normal_(0, 0.02)
 adapter = Adapter.create(config, LoraConfig(r=8, target_modules={targets!r}), model.device)
-adapter.start_training()
+adapter.allocate_optimizer_state()
 for count in (1, {count}):  # the first loads what a first pass loads
     before = kib("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     ids = [[(7 * i + j) % 8000 for j in range(64)] for i in range(count)]
-    work = Work(adapter, ids, [[False] + [True] * 63] * count)
+    work = AdapterBatch(adapter, ids, [[False] + [True] * 63] * count)
     target_logprobs(model, [work], {recompute!r})[0].sum().backward()
 print((kib("VmHWM") - before) * 1024)
 """

@@ -3,10 +3,10 @@
 import random
 from collections.abc import Sequence
 
-from seal_engine.domains.knowledge import Knowledge, KnowledgeConfig
+from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
-from seal_engine.loop import Writer
-from seal_engine.requests import SamplingParams
+from seal_engine.loop.domain import Writer
+from seal_engine.sampling.requests import SamplingParams
 from seal_engine.tiny import MODEL
 from seal_engine.tiny.world import ORACLE, TEMPLATES, World, WorldPassage, write
 from seal_engine.types import require

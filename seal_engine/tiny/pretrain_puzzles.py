@@ -15,7 +15,7 @@ import tokenizers
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from seal_engine.domains.arc import Task
+from seal_engine.domains.few_shot.arc import Task
 from seal_engine.tiny.pretrain import END, Llama, Packer, Recipe, optimise, save
 from seal_engine.tiny.puzzles import AREAS, MOVES, NO_CHANGE, Puzzles, Rule, text_form, write_directive
 

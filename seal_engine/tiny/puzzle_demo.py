@@ -1,9 +1,9 @@
 """The puzzle miniature as a task: the shipped model learns which directive suits which kind of puzzle."""
 
-from seal_engine.domains.directive import OUTPUT_TOKENS, Directive
-from seal_engine.domains.few_shot import PUBLISHED, FewShot, FewShotConfig
+from seal_engine.domains.few_shot.directive import OUTPUT_TOKENS, Directive
+from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.engine import Engine
-from seal_engine.loop import Writer
+from seal_engine.loop.domain import Writer
 from seal_engine.tiny.puzzles import PROMPT, PUZZLE_MODEL, SELF_EDIT, Puzzles
 from seal_engine.types import require
 

@@ -13,10 +13,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from seal_engine.domains.arc import COLOURS, Example, Grid, Task
-from seal_engine.domains.arc_tasks import TextForm
-from seal_engine.domains.augmentations import TURNS, Augmentation, Translate, Turn
-from seal_engine.domains.directive import STRATEGIES, Directive
+from seal_engine.domains.few_shot.arc import COLOURS, Example, Grid, Task
+from seal_engine.domains.few_shot.arc_tasks import TextForm
+from seal_engine.domains.few_shot.augmentations import TURNS, Augmentation, Translate, Turn
+from seal_engine.domains.few_shot.directive import STRATEGIES, Directive
 
 TEMPLATES = Path(__file__).parent
 PUZZLE_MODEL = TEMPLATES / "puzzle_model"  # a Hugging Face checkpoint, made by `pretrain_puzzles.train_puzzle_model`

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from seal_engine.domains.passages import Passage, Question
+from seal_engine.domains.knowledge.passages import Passage, Question
 from seal_engine.domains.templating import read_template
 
 TEMPLATES = Path(__file__).parent

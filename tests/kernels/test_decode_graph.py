@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from compare import DEVICE, relative_error
-from seal_engine.adapters import Adapter, LoraBatch
-from seal_engine.config import ModelConfig
-from seal_engine.decode_graph import DecodeGraphs
-from seal_engine.kv_cache import KVCache
-from seal_engine.model import Model
+from seal_engine.model.adapters import Adapter
+from seal_engine.model.config import ModelConfig
+from seal_engine.model.lora_batch import LoraBatch
+from seal_engine.model.transformer import Model
+from seal_engine.sampling.decode_graph import DecodeGraphs
+from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.types import LoraConfig, PagedBatch
 from seal_kernels.dispatch import INTERPRET
 

@@ -1,0 +1,282 @@
+"""The verbs that need no loop: plan, train, generate."""
+
+import argparse
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from seal_engine.engine import Engine
+from seal_engine.files import read_json, read_text
+from seal_engine.model.config import DTYPES, ModelConfig
+from seal_engine.plan import RECOMPUTE, Plan, make_plan
+from seal_engine.sampling.requests import RequestOutput, SamplingParams
+from seal_engine.training.jobs import SCHEDULERS, TrainJob, TrainSequence
+from seal_engine.types import InputError, LoraConfig
+
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
+}
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, **kwargs: Any) -> None:
+        shown = "" if kwargs.get("default") is None else " (default: %(default)s)"
+        parser.add_argument(name, help=text + shown, **kwargs)
+
+    add("--model", "checkpoint directory, or a config.json: weights are not read", required=True, metavar="PATH")
+    add("--memory", "of the device: 139GiB, 80GB, or bytes", required=True, type=memory, metavar="SIZE")
+    add("--rank", "r of each adapter", type=int, default=8, metavar="N")
+    add("--alpha", "lora_alpha (default: the rank)", type=float, metavar="X")
+    add(
+        "--targets", "adapted projections, separated by commas, or all-linear", default="q_proj,v_proj", metavar="NAMES"
+    )
+    add("--sequence-tokens", "tokens an adapter trains on in one step", required=True, type=int, metavar="N")
+    add("--adapters", "adapters to train (default: as many as fit)", type=int, metavar="N")
+    add("--tokens", "tokens in one step, of all adapters together", type=int, default=8192, metavar="N")
+    add("--dtype", "of the base weights (default: as the config says)", choices=sorted(DTYPES))
+    add("--cpu", "plan for a CPU: activations are float32, and rates are a CPU's", action="store_true")
+    rate = "FLOP/s of matrix products, as measured (default: 750e12, or 150e9 with --cpu)"
+    add("--matrix-rate", rate, type=float, metavar="X")
+    bandwidth = "bytes/s of memory, as measured (default: 4e12, or 20e9 with --cpu)"
+    add("--bandwidth", bandwidth, type=float, metavar="X")
+    add("--recompute", "what backward computes again", choices=("auto", *RECOMPUTE), default="auto")
+    add("--json", "add one JSON object as the last line of stdout", action="store_true")
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Say how many adapters fit in memory at once, and how long a training step takes."""
+    path = Path(options.model)
+    if path.suffix == ".json":
+        config = ModelConfig.from_dict(read_json(path), str(path))
+    else:
+        config = ModelConfig.from_directory(path)
+    targets = options.targets if options.targets == "all-linear" else tuple(options.targets.split(","))
+    alpha = options.rank if options.alpha is None else options.alpha
+    made = make_plan(
+        config,
+        LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=targets),
+        options.memory,
+        options.sequence_tokens,
+        adapters=options.adapters,
+        tokens=options.tokens,
+        dtype=DTYPES.get(options.dtype),
+        cpu=options.cpu,
+        recompute=options.recompute,
+        matrix_rate=options.matrix_rate,
+        bandwidth=options.bandwidth,
+    )
+    print(_plan_table(made, options.memory))
+    if options.json:
+        speed = {"step_seconds": made.step_seconds, "tokens_per_second": made.tokens / made.step_seconds}
+        print(json.dumps({"memory_bytes": options.memory, **asdict(made), **speed}))
+
+
+def _plan_table(made: Plan, memory_bytes: int) -> str:
+    sizes = {
+        "base weights": made.weights_bytes,
+        "adapters": made.master_bytes,
+        "their gradients": made.gradient_bytes,
+        "their moments": made.moment_bytes,
+        "activations": made.activation_bytes,
+        "left for sampling": made.kv_bytes,
+    }
+    sizes["kept free"] = memory_bytes - sum(sizes.values())
+    times = {
+        "base products": made.matrix_seconds,
+        "base weights read (meanwhile)": made.weight_bytes_seconds,
+        "low-rank products": made.adapter_matrix_seconds,
+        "adapters and moments read and written (meanwhile)": made.adapter_bytes_seconds,
+        "whole step": made.step_seconds,
+    }
+    rows = [("Memory", "GiB"), *((name, f"{size / 2**30:.2f}") for name, size in sizes.items()), ("", "")]
+    rows += [("Time", "ms"), *((name, f"{1000 * seconds:.3f}") for name, seconds in times.items()), ("", "")]
+    rows += [
+        ("adapters resident", f"{made.adapters}"),
+        ("tokens a step", f"{made.tokens}"),
+        ("tokens a second", f"{made.tokens / made.step_seconds:,.0f}"),
+        ("recomputed in backward", made.recompute),
+        ("limited by", made.limit),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value:>12}".rstrip() for name, value in rows)
+
+
+def memory(text: str) -> int:
+    """Bytes from "139GiB" (binary), "80GB" (decimal), "512M" (binary) or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    if not match or match[2].lower() not in units:
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a size such as 139GiB, 80GB or 1000000000")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="directory of a Hugging Face checkpoint", required=True, metavar="DIR")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: %(default)s)", default="auto")
+    parser.add_argument("--dtype", help="of the weights (default: as the checkpoint says)", choices=sorted(DTYPES))
+    parser.add_argument("--quiet", help="no progress bars, and no text but what --json gives", action="store_true")
+    parser.add_argument("--json", help="add one JSON object as the last line of stdout", action="store_true")
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    return Engine.from_pretrained(options.model, options.device, options.dtype or "auto")
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    data = (
+        "files, an adapter each: .jsonl (a line is a text, a list of token ids or a chat) or text (a sequence a line)"
+    )
+    parser.add_argument("--data", help=data, required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--out", help="new directory: an adapter in PEFT's format for each file", required=True)
+    for name, kind, default, text in (
+        ("--rank", int, 32, "r"),
+        ("--alpha", float, 64.0, "lora_alpha"),
+        ("--dropout", float, 0.0, "lora_dropout"),
+        ("--learning-rate", float, 1e-3, "of AdamW"),
+        ("--epochs", int, 10, "over a file's sequences"),
+        ("--batch-size", int, 1, "sequences in an optimizer step"),
+        ("--seed", int, 0, "draws the adapter and shuffles each epoch"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)", metavar="X")
+    schedule = "of the learning rate (default: %(default)s)"
+    parser.add_argument("--lr-scheduler", choices=SCHEDULERS, default="linear", help=schedule)
+    targets = "adapted projections, separated by commas, or all-linear (default: %(default)s)"
+    parser.add_argument("--targets", default="q_proj,v_proj", metavar="NAMES", help=targets)
+    parser.add_argument("--append-eos", action="store_true", help="sequences end with the end token")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train an adapter on each file, all at once."""
+    files, out = [Path(name) for name in options.data], Path(options.out)
+    if len({file.stem for file in files}) < len(files):
+        raise InputError(f"--data: found {options.data}; accepted: files of different names, as adapters are named so")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out: {out} exists; accepted: a new or empty directory")
+    whole = options.targets == "all-linear"
+    targets = "all-linear" if whole else tuple(options.targets.split(","))
+    jobs = [
+        TrainJob(
+            read_sequences(file), LoraConfig(options.rank, options.alpha, options.dropout, targets),
+            options.learning_rate, options.lr_scheduler, num_epochs=options.epochs, batch_size=options.batch_size,
+            seed=options.seed, append_eos=options.append_eos,
+        )
+        for file in files
+    ]  # fmt: skip
+    for job in jobs:
+        job.check()
+    engine = _engine(options)
+    jobs = [replace(job, sequences=[_with_mask(sequence, engine) for sequence in job.sequences]) for job in jobs]
+    report, failed = {}, []
+    for file, result in zip(files, engine.train(jobs, progress=not options.quiet), strict=True):
+        if result.adapter is None:
+            failed.append(f"{file}: {result.error}")
+        else:
+            result.adapter.save(out / file.stem)
+        loss = result.losses[-1] if result.losses else None
+        report[str(file)] = {
+            "steps": result.num_steps,
+            "tokens": result.num_tokens,
+            "loss": loss,
+            "error": result.error,
+        }
+        if not options.quiet:
+            shown = result.error or f"{result.num_steps} steps, {result.num_tokens} tokens, last loss {loss:.4f}"
+            print(f"{file}: {shown}")
+    if options.json:
+        print(json.dumps({"out": str(out), "adapters": report}))
+    if failed:
+        raise InputError("; ".join(failed))
+
+
+def read_sequences(file: Path) -> list[Any]:
+    """Training sequences: each line of a text that is not blank, or of a .jsonl file the JSON value."""
+    text = read_text(file)
+    if text is None:
+        raise InputError(f"{file}: missing")
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise InputError(f"{file}: found no sequence; accepted: at least one line")
+    return [_json_line(line, f"{file}: line {i}") if file.suffix == ".jsonl" else line for i, line in lines]
+
+
+def _json_line(line: str, place: str) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not JSON: {error}") from None
+    pair = isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("prompt", "completion"))
+    if not isinstance(value, str | list) and not pair:
+        accepted = "a text, a list of token ids, a chat, or an object with prompt and completion"
+        raise InputError(f"{place}: found {value!r:.80}; accepted: {accepted}")
+    return value
+
+
+def _with_mask(sequence: Any, engine: Engine) -> Any:
+    """A pair of prompt and completion as tokens with a loss on the completion and the end; all else as it is."""
+    if not isinstance(sequence, dict):
+        return sequence
+    prompt = engine.tokenizer.encode(sequence["prompt"])
+    rest = engine.tokenizer.encode(sequence["completion"], add_special_tokens=False)
+    rest = [*rest, *engine.stop_token_ids[:1]]
+    return TrainSequence([*prompt, *rest], [0] * len(prompt) + [1] * len(rest))
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--prompt", help="a text to continue", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--prompts", help="file: a text a line, or .jsonl as for train", metavar="FILE")
+    parser.add_argument("--adapter", help="PEFT directories: all prompts go to each", nargs="*", default=[])
+    parser.add_argument("--chat", help="send prompts as a user's turn of the chat template", action="store_true")
+    for name, kind, default, text in (
+        ("--n", int, 1, "samples of each prompt"),
+        ("--temperature", float, 1.0, "0: greedy"),
+        ("--top-p", float, 1.0, "nucleus sampling"),
+        ("--top-k", int, 0, "0: off"),
+        ("--max-tokens", int, 64, "of a sample"),
+        ("--seed", int, None, "of every prompt"),
+    ):
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(name, type=kind, default=default, help=text + shown, metavar="X")
+    parser.add_argument("--stop", help="text that ends a sample", action="append", metavar="TEXT")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Continue prompts with the base or with adapters, all at once."""
+    params = SamplingParams(
+        n=options.n, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
+        max_tokens=options.max_tokens, stop=options.stop, seed=options.seed,
+    )  # fmt: skip
+    prompts = [*options.prompt, *(read_sequences(Path(options.prompts)) if options.prompts else [])]
+    if not prompts:
+        raise InputError("--prompt: found none; accepted: at least one --prompt TEXT, or --prompts FILE")
+    engine = _engine(options)
+    if options.chat:
+        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        prompts = [engine.tokenizer.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    adapters = [engine.load_adapter(directory) for directory in options.adapter] or [None]
+    names = options.adapter or [None]
+    asked = [(prompt, name, adapter) for name, adapter in zip(names, adapters, strict=True) for prompt in prompts]
+    progress = not options.quiet
+    outputs = engine.generate([p for p, _, _ in asked], params, [a for _, _, a in asked], progress=progress)
+    if not options.quiet:
+        for (_, name, _), output in zip(asked, outputs, strict=True):
+            print(_shown(output, name))
+    if options.json:
+        print(
+            json.dumps({"outputs": [{"adapter": n, **asdict(o)} for (_, n, _), o in zip(asked, outputs, strict=True)]})
+        )
+    errors = [output.error for output in outputs if output.error]
+    if errors:
+        raise InputError(f"{len(errors)} of {len(outputs)} prompts failed: {errors[0]}")
+
+
+def _shown(output: RequestOutput, adapter: str | None) -> str:
+    prompt = output.prompt if output.prompt is not None else f"{len(output.prompt_token_ids)} token ids"
+    lines = [f"--- {prompt}" + (f" [{adapter}]" if adapter else "")]
+    lines += [output.error] if output.error else [sample.text for sample in output.outputs]
+    return "\n".join(lines)

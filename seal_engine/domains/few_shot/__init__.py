@@ -1,0 +1,1 @@
+"""Solving new puzzles (ARC) from a few examples."""

@@ -1,0 +1,1 @@
+"""Learning new facts from a passage."""

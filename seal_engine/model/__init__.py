@@ -1,0 +1,1 @@
+"""What a checkpoint and its adapters are, and one forward pass over packed tokens."""

@@ -1,0 +1,265 @@
+"""safetensors <-> parameters.
+
+Reading: each shard is memory-mapped, each tensor is copied once, from the map to its place in the model, and its
+pages are given back at once, so that peak memory is the model plus one tensor. Only safetensors is read; nothing is
+ever unpickled. Writing streams each tensor to disk; a directory appears complete or not at all.
+"""
+
+import json
+import mmap
+import os
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from seal_engine.files import complete_directory, read_json
+from seal_engine.model.config import DTYPES, ModelConfig
+from seal_engine.model.transformer import Model
+from seal_engine.types import InputError
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+# Patterns of what Transformers writes beside the weights: copied unchanged.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, dtype, shape and bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint directory by name, from its index or its single file. Reads headers only."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    if not index.exists():
+        if not single.exists():
+            found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
+            raise InputError(f"{directory}: found {found}; accepted: model.safetensors or {INDEX} with its shards")
+        return _read_header(single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map: found {type(weight_map).__name__}; accepted: names to shard files")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(f"{index}: weight_map: {name}: found {shard!r}; accepted: a .safetensors file name")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, stored in _read_header(directory / shard).items():
+            if weight_map.get(name) == shard:
+                tensors[name] = stored
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise InputError(f"{directory / shard}: tensor {name} is in {INDEX} but not in this file")
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt"):  # checks the header, the offsets and the file's length
+            pass
+        with open(file, "rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise InputError(f"{file}: missing") from None
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise InputError(f"{file}: not a readable safetensors file (truncated?): {error}") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            accepted = sorted(SAFETENSORS_DTYPES)
+            raise InputError(f"{file}: tensor {name}: found dtype {entry['dtype']}; accepted: one of {accepted}")
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        tensors[name] = StoredTensor(file, dtype, tuple(entry["shape"]), start, stop)
+    return tensors
+
+
+def load_model(directory: str | Path, dtype: torch.dtype | None, device: torch.device) -> Model:
+    """The model of a Hugging Face checkpoint directory.
+
+    dtype None: as config.json says, else as the tensors are. Raises InputError (a ValueError) naming the file and
+    the tensor: missing or truncated shards, missing or unknown tensors, wrong shapes or dtypes.
+    """
+    directory = Path(directory)
+    config = ModelConfig.from_directory(directory)
+    stored = stored_tensors(directory)
+    _check(config, stored, directory)
+    if dtype is None:
+        dtype = config.dtype or next(iter(stored.values())).dtype
+    model = Model(config, dtype, device)
+    _fill(model, stored, directory)
+    return model
+
+
+def reload_model(model: Model, directory: Path) -> None:
+    """Fill the model with the checkpoint that it was loaded from, as if nothing had been merged since."""
+    stored = stored_tensors(directory)
+    _check(model.config, stored, directory)
+    _fill(model, stored, directory)
+    model.version += 1
+
+
+def _fill(model: Model, stored: dict[str, StoredTensor], directory: Path) -> None:
+    """Every parameter from its place in the files, in the order of the files."""
+    total = sum(view.numel() * view.element_size() for _, view in model.named_tensors())
+    places = sorted(
+        ((stored[name], view) for name, view in model.named_tensors()), key=lambda p: (p[0].file, p[0].start)
+    )
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {directory.name}", delay=1.0) as progress:
+        mapped, file = None, None
+        try:
+            for source, view in places:
+                if source.file != file or mapped is None:
+                    if mapped is not None:
+                        mapped.close()
+                    file = source.file
+                    with open(file, "rb") as stream:
+                        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                _copy(mapped, source, view)
+                progress.update(view.numel() * view.element_size())
+        finally:
+            if mapped is not None:
+                mapped.close()
+
+
+def _copy(mapped: mmap.mmap, source: StoredTensor, view: Tensor) -> None:
+    """Fill view from the map and give the pages that were read back."""
+    view.copy_(torch.frombuffer(mapped, dtype=source.dtype, count=view.numel(), offset=source.start).view(view.shape))
+    first = source.start // mmap.PAGESIZE * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, first, source.stop - first)
+
+
+def _check(config: ModelConfig, stored: dict[str, StoredTensor], directory: Path) -> None:
+    """InputError unless `stored` is what `config` asks for: first by its sizes, so that a config.json with absurd
+    ones is refused before anything is made of them."""
+    layer, hidden = "model.layers.0.", config.hidden_size
+    sizes = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        layer + "self_attn.q_proj.weight": (config.query_size, hidden),
+        layer + "self_attn.k_proj.weight": (config.key_value_size, hidden),
+        layer + "mlp.gate_proj.weight": (config.intermediate_size, hidden),
+    }
+    _check_shapes(sizes, stored, directory)
+    if config.num_hidden_layers > len(stored):
+        raise InputError(
+            f"{directory}: found {len(stored)} tensors; config.json asks for {config.num_hidden_layers} layers "
+            "(num_hidden_layers)"
+        )
+    model = Model(config, torch.float32, torch.device("meta"))
+    expected = {name: tuple(view.shape) for name, view in model.named_tensors()}
+    _check_shapes(expected, stored, directory)
+    for name in stored.keys() - expected.keys():
+        # A tied lm_head may be stored as well, and old Llama checkpoints store the rotary frequencies.
+        if not (name == "lm_head.weight" and config.tie_word_embeddings) and not name.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{stored[name].file}: tensor {name} has no place in a {config.architecture}")
+
+
+def _check_shapes(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], directory: Path) -> None:
+    for name, shape in expected.items():
+        if name not in stored:
+            raise InputError(f"{directory}: tensor {name} is missing; config.json asks for {list(shape)}")
+        if stored[name].shape != shape:
+            found = list(stored[name].shape)
+            raise InputError(f"{stored[name].file}: tensor {name}: found {found}; config.json asks for {list(shape)}")
+
+
+def save_model(model: Model, directory: str | Path, source: Path | None = None) -> None:
+    """Write a checkpoint that Transformers loads: config.json, safetensors, and source's tokenizer files.
+
+    directory must be new or empty: InputError otherwise. It appears complete or not at all.
+    """
+    with complete_directory(Path(directory)) as partial:
+        config = dict(model.config.raw)
+        config.pop("dtype", None)
+        config.pop("torch_dtype", None)
+        key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
+        config[key] = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        _write_json(partial / "config.json", config)
+        _write_shards(partial, list(model.named_tensors()))
+        if source:
+            _copy_companions(source, partial)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for file in (file for pattern in COMPANIONS for file in source.glob(pattern)):
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _write_shards(directory: Path, tensors: list[tuple[str, Tensor]]) -> None:
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    size = 0
+    for name, tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, tensor))
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / file, shard)
+        weight_map |= {name: file for name, _ in shard}
+    total = sum(tensor.nbytes for _, tensor in tensors)
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_safetensors(file: Path, tensors: list[tuple[str, Tensor]]) -> None:
+    """One safetensors file, a tensor at a time: the library's own writer copies the whole in memory."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors:
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)))
+        stream.write(encoded)
+        for _, tensor in tensors:
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tofile(stream)
+        stream.flush()
+        os.fsync(stream.fileno())

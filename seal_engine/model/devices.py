@@ -1,0 +1,66 @@
+"""Where a model runs: devices, their memory, dtypes, as callers name them."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from seal_engine.files import show
+from seal_engine.model.config import DTYPES
+from seal_engine.types import InputError
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated now."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return total_memory(device) // 2  # no such file on this system
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse_path(path: str | Path) -> Path:
+    """A path, or InputError."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise InputError(f"path: found {show(path)}; accepted: a str or a Path") from None
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """ "auto", "cpu", "cuda", "cuda:N" or a torch.device that is here. InputError otherwise."""
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        made = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        made = None
+    if made is None or made.type not in ("cpu", "cuda"):
+        raise InputError(f"device: found {show(device)}; accepted: 'auto', 'cpu', 'cuda', 'cuda:0', ...")
+    if made.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not 0 <= (made.index or 0) < count:  # torch takes an index modulo 256, so it may be negative
+            raise InputError(f"device: found {show(device)}; accepted: 'auto', 'cpu' (CUDA devices here: {count})")
+        made = torch.device("cuda", torch.cuda.current_device() if made.index is None else made.index)
+    return made
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A dtype of parameters; None for "auto". InputError for any other."""
+    if dtype == "auto":
+        return None
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype in DTYPES.values():
+        return dtype  # pyright: ignore[reportReturnType]
+    raise InputError(f"dtype: found {show(dtype)}; accepted: 'auto' or one of {sorted(DTYPES)}")

@@ -1,0 +1,289 @@
+"""Tokenizer: text to token ids and back, and chats through the model's own chat template.
+
+The pipeline is the one tokenizer.json describes, run by the `tokenizers` library; the files beside it name the
+special tokens, the ids that end a completion and the chat template. Results are those of PreTrainedTokenizerFast in
+Hugging Face Transformers 5. Its LlamaTokenizer builds a pipeline of its own from the vocabulary, and so differs where
+an older tokenizer.json puts a space before leading spaces or after special tokens; here tokenizer.json counts.
+"""
+
+import operator
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import tokenizers
+from tokenizers import AddedToken
+
+from seal_engine.files import read_json, read_text, show
+from seal_engine.model.chat_template import read_chat_templates, render, render_with_mask
+from seal_engine.types import InputError
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+# What decoding undoes where tokenizer_config.json asks for clean_up_tokenization_spaces, in this order.
+SPACE_CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+class Tokenizer:
+    """A model directory's tokenizer. Make one with `Tokenizer.from_directory`.
+
+    bos_token, eos_token, pad_token, unk_token        str, or None where the files name none
+    bos_token_id, eos_token_id, pad_token_id          int, or None likewise
+    special_tokens_map    dict of str: the special tokens by field name, as templates see them
+    stop_token_ids        tuple of int: a completion ends at any of these
+    vocab_size            int: entries in the vocabulary, added tokens among them
+    chat_templates        dict of str: the chat templates by name; the usual one is "default"
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens_map: Mapping[str, str],
+        stop_token_ids: Sequence[int] = (),
+        chat_templates: Mapping[str, str] | None = None,
+        clean_up_spaces: bool = False,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._clean_up_spaces = clean_up_spaces
+        self.special_tokens_map = dict(special_tokens_map)
+        self.chat_templates = dict(chat_templates or {})
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_token, self.eos_token, self.pad_token, self.unk_token = (
+            special_tokens_map.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")
+        )
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            None if token is None else backend.token_to_id(token)
+            for token in (self.bos_token, self.eos_token, self.pad_token)
+        )
+        if not stop_token_ids and self.eos_token_id is not None:
+            stop_token_ids = (self.eos_token_id,)
+        self.stop_token_ids = tuple(dict.fromkeys(stop_token_ids))
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Read tokenizer.json and, where they are present, the files beside it.
+
+        Raises InputError for a missing tokenizer.json and for a malformed file, naming the file and the field.
+        """
+        directory = Path(path)
+        if not os.path.isdir(directory):
+            raise InputError(f"{directory}: not a directory; accepted: a model directory that holds tokenizer.json")
+        file = directory / "tokenizer.json"
+        if (text := read_text(file)) is None:
+            raise InputError(f"{file}: no such file; accepted: a tokenizer.json of the tokenizers library")
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{file}: found {error}; accepted: a tokenizer.json of the tokenizers library") from None
+        config_file = directory / "tokenizer_config.json"
+        config = read_json(config_file, required=False)
+        split = _field(config_file, config, "split_special_tokens", bool, "true or false")
+        clean_up = _field(config_file, config, "clean_up_tokenization_spaces", bool, "true or false")
+        backend.encode_special_tokens = bool(split)
+        return cls(
+            backend,
+            _register_special_tokens(backend, directory, config),
+            read_stop_token_ids(directory),
+            read_chat_templates(directory, config),
+            # With a BPE vocabulary, a space before punctuation is the text's own: Transformers leaves it there too.
+            clean_up_spaces=bool(clean_up) and not isinstance(backend.model, tokenizers.models.BPE),
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template named "default", or None."""
+        return self.chat_templates.get("default")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of `text`, with the special tokens that tokenizer.json puts around it unless told otherwise.
+
+        Special tokens spelled out in the text become their ids. Raises InputError for what is not valid text.
+        """
+        return self._encode(text, add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, skip_unknown: bool = False) -> str:
+        """The text of a list, tuple, one-dimensional tensor or array of token ids.
+
+        skip_unknown: leave out ids that are not in the vocabulary: models may have more rows than there are tokens.
+        Raises InputError for ids that are not whole numbers or, otherwise, not in the vocabulary.
+        """
+        tolist = getattr(ids, "tolist", None)  # tensors and arrays are slow to walk one element at a time
+        try:
+            token_ids = [operator.index(i) for i in (tolist() if tolist else ids)]
+        except TypeError:
+            raise InputError(f"ids: found {show(ids)}; accepted: a flat list of whole numbers") from None
+        if skip_unknown:
+            token_ids = [i for i in token_ids if self._backend.id_to_token(i) is not None]
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < 2**32 or self._backend.id_to_token(token_id) is None:
+                accepted = f"an id of the vocabulary, which has {self.vocab_size} tokens"
+                raise InputError(f"ids[{position}]: found {token_id}; accepted: {accepted}")
+        text = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if self._clean_up_spaces:
+            for spaced in SPACE_CLEAN_UPS:
+                text = text.replace(spaced, spaced.strip())
+        return text
+
+    def pieces(self, count: int) -> list[tuple[str, str]]:
+        """For each id below count the text of that token alone, and what it adds to a text that has begun.
+
+        Both are "" for special tokens and for ids that are not in the vocabulary.
+        """
+        alone, twice = (self._backend.decode_batch([[i] * times for i in range(count)]) for times in (1, 2))
+        return [(one, two.removeprefix(one)) for one, two in zip(alone, twice, strict=True)]
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping],
+        add_generation_prompt: bool = ...,
+        tokenize: Literal[True] = ...,
+        **kwargs: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping],
+        add_generation_prompt: bool = ...,
+        *,
+        tokenize: Literal[False],
+        **kwargs: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int] | str:
+        """One conversation through the chat template: its token ids, or with tokenize=False its text.
+
+        messages                 dicts with "role" and what else the template reads; keys with value None are dropped
+        add_generation_prompt    end with the header of an assistant's answer
+        continue_final_message   end inside the last message, for the model to go on with it
+        chat_template            a template's name or its text, in place of the tokenizer's own
+        tools                    JSON schemas; they select the template named "tool_use" where there is one
+        kwargs                   further variables for the template; they override special tokens of the same name
+
+        The ids are what Transformers 5 returns as `input_ids`. Raises InputError for a chat that is malformed or that
+        the template refuses, and for a template that is absent, malformed or reaches outside the sandbox.
+        """
+        variables = self.special_tokens_map | kwargs
+        text = render(
+            self.chat_templates,
+            messages,
+            chat_template,
+            tools,
+            variables,
+            add_generation_prompt,
+            continue_final_message,
+        )
+        return self._encode(text, add_special_tokens=False).ids if tokenize else text
+
+    def apply_chat_template_with_mask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[int], list[int]]:
+        """The token ids of a chat, and for each 1 where a {% generation %} block of the template wrote it, else 0.
+
+        Takes and raises what `apply_chat_template` does, and InputError for a chat without a {% generation %} block.
+        """
+        variables = self.special_tokens_map | kwargs
+        text, inside = render_with_mask(self.chat_templates, messages, chat_template, tools, variables)
+        encoding = self._encode(text, add_special_tokens=False)
+        # Some post-processors trim spaces off the offsets; a token that is all spaces keeps only its end.
+        return encoding.ids, [int(any(inside[start - (start == end) : end])) for start, end in encoding.offsets]
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            raise InputError(f"text: found {show(text)}; accepted: a str")
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:  # the library takes only what UTF-8 can write
+            position = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+            found = f"a lone surrogate at character {position}"
+            raise InputError(f"text: found {found}; accepted: text that UTF-8 can encode") from None
+
+
+def _field(file: Path, data: Mapping[str, Any], name: str, kind: type | tuple[type, ...], accepted: str) -> Any:
+    """data[name] if it is of `kind`; None where it is absent or null."""
+    value = data.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise InputError(f"{file}: {name}: found {show(value)}; accepted: {accepted}")
+    return value
+
+
+def _added_token(file: Path, name: str, value: Any, **forced: bool) -> AddedToken:
+    """A token written as a string, or as an object of its content and how it is matched in text."""
+    fields = {"content": value} if isinstance(value, str) else value
+    try:
+        flags = {flag: fields[flag] for flag in TOKEN_FLAGS if flag in fields}
+        return AddedToken(fields["content"], **{**flags, **forced})
+    except (TypeError, KeyError, ValueError):  # ValueError: text that UTF-8 cannot encode
+        accepted = f"a string, or an object of content and the booleans {', '.join(TOKEN_FLAGS)}"
+        raise InputError(f"{file}: {name}: found {show(value)}; accepted: {accepted}") from None
+
+
+def _register_special_tokens(backend: tokenizers.Tokenizer, directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Make known to `backend` the tokens that tokenizer.json left out; return the special ones by field name.
+
+    special_tokens_map.json overrides tokenizer_config.json, but only beside the older kind of tokenizer_config.json
+    that lists no added_tokens_decoder.
+    """
+    file = directory / "tokenizer_config.json"
+    sources = {name: (file, value) for name, value in config.items()}
+    listed = _field(file, config, "added_tokens_decoder", dict, "an object of tokens by id") or {}
+    if not all(token_id.isdecimal() and len(token_id) < 10 for token_id in listed):
+        raise InputError(f"{file}: added_tokens_decoder: found {show(list(listed))}; accepted: ids as keys")
+    if backend.padding:
+        sources.setdefault("pad_token", (directory / "tokenizer.json", backend.padding["pad_token"]))
+    if "added_tokens_decoder" not in config:
+        map_file = directory / "special_tokens_map.json"
+        sources |= {name: (map_file, value) for name, value in read_json(map_file, required=False).items()}
+
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    tokens = known  # by content, in the order in which those that are new take the next ids
+    if "added_tokens_decoder" in config:
+        in_order = [_added_token(file, "added_tokens_decoder", listed[key]) for key in sorted(listed, key=int)]
+        tokens = {token.content: token for token in in_order}
+    names = {}
+    for name in SPECIAL_TOKENS:
+        source, value = sources.get(name, (file, None))
+        if value is not None:
+            token = _added_token(source, name, value, special=True)
+            names[name] = token.content
+            if token.content in tokens or token.content not in known:
+                tokens.setdefault(token.content, token).special = True
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        source, extra = sources.get(name, (file, None))
+        _field(source, {name: extra}, name, (list, dict), "a list of tokens")
+        for value in extra.values() if isinstance(extra, dict) else extra or ():
+            token = _added_token(source, name, value, special=True)
+            if token.content not in known:
+                tokens.setdefault(token.content, token)
+    backend.add_tokens(list(tokens.values()))
+    return names
+
+
+def read_stop_token_ids(directory: Path) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json, else empty."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(directory / name, required=False).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+            accepted = "a token id or a list of token ids"
+            raise InputError(f"{directory / name}: eos_token_id: found {show(found)}; accepted: {accepted}")
+        if ids:
+            return ids
+    return []

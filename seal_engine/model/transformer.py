@@ -1,0 +1,244 @@
+"""The transformer: one forward over a packed token stream, for training and for sampling.
+
+The base is frozen: no parameter requires a gradient, so a backward pass costs as much as a forward pass (2N FLOPs a
+token each), and activations are saved only where an operation needs them. Projections that share their input are one
+matrix: q/k/v, and gate/up. Everything about the batch is an argument; the model holds parameters and nothing else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from seal_engine.model.config import ModelConfig
+from seal_engine.model.lora_batch import LoraBatch
+from seal_engine.types import PackedBatch, PagedBatch
+from seal_kernels.attention import attention
+from seal_kernels.cross_entropy import token_logprobs
+from seal_kernels.linear import frozen_linear, multiplies_bfloat16
+from seal_kernels.lora import lora_linear
+from seal_kernels.paged_attention import paged_attention, write_kv
+from seal_kernels.rms_norm import add_rms_norm, rms_norm
+from seal_kernels.rotary import rotary
+from seal_kernels.swiglu import swiglu
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters of one decoder layer."""
+
+    input_norm: Tensor  # [D]
+    qkv: Tensor  # [(H + 2 K) E, D]
+    qkv_bias: Tensor | None  # [(H + 2 K) E]
+    q_norm: Tensor | None  # [E]
+    k_norm: Tensor | None  # [E]
+    o: Tensor  # [D, H E]
+    o_bias: Tensor | None  # [D]
+    post_attention_norm: Tensor  # [D]
+    gate_up: Tensor  # [2 F, D]
+    gate_up_bias: Tensor | None  # [2 F]
+    down: Tensor  # [D, F]
+    down_bias: Tensor | None  # [D]
+    window: int | None  # tokens a query sees, itself included; None: all before it
+
+
+class Model:
+    """Parameters in `dtype` on `device`, and the forward pass.
+
+    Activations are in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (see seal_kernels.linear),
+    those between the two products of an MLP in `mlp_dtype`: on a CPU, too, bfloat16 if its products round to that.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        """Allocates uninitialised parameters; `named_tensors` gives the views to fill."""
+        self.version = 0  # rises with every change of the parameters
+        self.row_tile: int | None = None  # see seal_kernels.linear: set for results that do not depend on company
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        def optional(wanted: bool, *shape: int) -> Tensor | None:
+            return empty(*shape) if wanted else None
+
+        c, D, F, E = config, config.hidden_size, config.intermediate_size, config.head_dim
+        qkv_size = c.query_size + 2 * c.key_value_size
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.compute_dtype = torch.float32 if device.type == "cpu" else dtype
+        rounds = dtype == torch.bfloat16 and multiplies_bfloat16()
+        self.mlp_dtype = dtype if rounds else self.compute_dtype
+        self.embed = empty(c.vocab_size, D)  # [V, D]
+        self.layers = [
+            Layer(
+                input_norm=empty(D),
+                qkv=empty(qkv_size, D),
+                qkv_bias=optional(c.qkv_bias, qkv_size),
+                q_norm=optional(c.qk_norm, E),
+                k_norm=optional(c.qk_norm, E),
+                o=empty(D, c.query_size),
+                o_bias=optional(c.o_bias, D),
+                post_attention_norm=empty(D),
+                gate_up=empty(2 * F, D),
+                gate_up_bias=optional(c.mlp_bias, 2 * F),
+                down=empty(D, F),
+                down_bias=optional(c.mlp_bias, D),
+                window=window,
+            )
+            for window in c.windows
+        ]
+        self.norm = empty(D)
+        self.lm_head = self.embed if c.tie_word_embeddings else empty(c.vocab_size, D)  # [V, D]
+        self.inverse_frequencies = c.rope.inverse_frequencies(E).to(device)  # [E / 2] float32
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, view of the parameter). A tied lm_head is not listed."""
+        c, F = self.config, self.config.intermediate_size
+        qkv_sizes = [c.query_size, c.key_value_size, c.key_value_size]
+        yield "model.embed_tokens.weight", self.embed
+        for i, layer in enumerate(self.layers):
+            attention_modules = zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(qkv_sizes), strict=True)
+            modules = {f"self_attn.{name}.weight": view for name, view in attention_modules}
+            if layer.qkv_bias is not None:
+                views = zip(("q_proj", "k_proj", "v_proj"), layer.qkv_bias.split(qkv_sizes), strict=True)
+                modules |= {f"self_attn.{name}.bias": view for name, view in views}
+            modules["self_attn.o_proj.weight"] = layer.o
+            modules["mlp.gate_proj.weight"], modules["mlp.up_proj.weight"] = layer.gate_up.split(F)
+            if layer.gate_up_bias is not None:
+                modules["mlp.gate_proj.bias"], modules["mlp.up_proj.bias"] = layer.gate_up_bias.split(F)
+            modules["mlp.down_proj.weight"] = layer.down
+            modules["input_layernorm.weight"] = layer.input_norm
+            modules["post_attention_layernorm.weight"] = layer.post_attention_norm
+            optional = {
+                "self_attn.o_proj.bias": layer.o_bias,
+                "self_attn.q_norm.weight": layer.q_norm,
+                "self_attn.k_norm.weight": layer.k_norm,
+                "mlp.down_proj.bias": layer.down_bias,
+            }
+            modules |= {name: view for name, view in optional.items() if view is not None}
+            for name, view in modules.items():
+                yield f"model.layers.{i}.{name}", view
+        yield "model.norm.weight", self.norm
+        if not self.config.tie_word_embeddings:
+            yield "lm_head.weight", self.lm_head
+
+    def embeddings(self, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> [T, D] in compute_dtype."""
+        return self.embed[token_ids].to(self.compute_dtype)
+
+    def hidden_states(
+        self,
+        batch: PackedBatch | PagedBatch,
+        lora: LoraBatch | None = None,
+        embeddings: Tensor | None = None,
+        recompute: str = "none",
+    ) -> Tensor:
+        """Normed hidden states of the last layer, [T, D] in compute_dtype: what the lm_head multiplies.
+
+        lora: which tokens belong to which adapter; backward adds to the adapters' gradients.
+        embeddings: [T, D] in compute_dtype, in place of the token embeddings (gradients flow back to them).
+        recompute: what backward computes again instead of keeping it: "none", "mlp" (each layer's MLP) or "layer".
+        """
+        x = self.embeddings(batch.token_ids) if embeddings is None else embeddings
+        eps = self.config.rms_norm_eps
+        rotation = self._rotation(batch.positions)
+        sums: Tensor | None = None  # the residual stream, to which x is still to be added
+        for i in range(len(self.layers)):
+            step = partial(self._layer, i, batch, rotation, lora, recompute)
+            if recompute == "layer":
+                x, sums = checkpoint(step, x, sums, use_reentrant=False)
+            else:
+                x, sums = step(x, sums)
+        return rms_norm(x, self.norm, eps) if sums is None else add_rms_norm(x, sums, self.norm, eps)[0]
+
+    def _layer(
+        self,
+        i: int,
+        batch: PackedBatch | PagedBatch,
+        rotation: tuple[Tensor, Tensor],
+        lora: LoraBatch | None,
+        recompute: str,
+        x: Tensor,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer: (what it adds, what it adds it to), both [T, D]; residual None before the first."""
+        layer, eps = self.layers[i], self.config.rms_norm_eps
+        if residual is None:
+            normed, residual = rms_norm(x, layer.input_norm, eps), x
+        else:
+            normed, residual = add_rms_norm(x, residual, layer.input_norm, eps)
+        x = self._attention(i, normed, batch, rotation, lora)
+        normed, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps)
+        mlp = partial(self._mlp, i, lora)
+        return checkpoint(mlp, normed, use_reentrant=False) if recompute == "mlp" else mlp(normed), residual
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, D] -> [N, V] float32."""
+        return frozen_linear(hidden, self.lm_head, row_tile=self.row_tile).float()
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log p(targets[n] | hidden[n]), [N] float32, for hidden [N, D] and targets [N] int64; differentiable."""
+        if self.row_tile is None:
+            return token_logprobs(hidden, self.lm_head, targets)
+        padding = (-len(targets) % self.row_tile,)
+        hidden = torch.cat([hidden, hidden.new_zeros(*padding, hidden.shape[1])])
+        targets = torch.cat([targets, targets.new_zeros(padding)])
+        tiles = zip(hidden.split(self.row_tile), targets.split(self.row_tile), strict=True)
+        return torch.cat([token_logprobs(h, self.lm_head, t) for h, t in tiles])[: len(targets) - padding[0]]
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [T] -> cos, sin [T, E / 2], float32."""
+        angles = positions.float()[:, None] * self.inverse_frequencies
+        scale = self.config.rope.attention_factor
+        return angles.cos() * scale, angles.sin() * scale
+
+    def _attention(
+        self,
+        i: int,
+        x: Tensor,
+        batch: PackedBatch | PagedBatch,
+        rotation: tuple[Tensor, Tensor],
+        lora: LoraBatch | None,
+    ) -> Tensor:
+        c, layer, T, E = self.config, self.layers[i], len(x), self.config.head_dim
+        qkv = self._project(x, layer.qkv, layer.qkv_bias, lora, i, 0)  # [T, (H + 2 K) E]
+        heads = qkv.view(T, -1, E)  # [T, H + 2 K, E]
+        q, k, v = heads.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, c.rms_norm_eps), rms_norm(k, layer.k_norm, c.rms_norm_eps)
+        q, k = rotary(q, k, *rotation)
+        window, alone = layer.window, self.row_tile is not None
+        if isinstance(batch, PackedBatch):
+            lengths = batch.cu_seqlens, batch.max_seqlen
+            out = attention(q, k, v, *lengths, window=window, row_independent=alone)  # [T, H, E]
+        else:
+            keys, values = batch.keys[i], batch.values[i]
+            write_kv(k, v, keys, values, batch.slots)
+            places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
+            options = {"row_independent": alone, "shared": batch.shared}
+            out = paged_attention(q, keys, values, *places, window=window, **options)
+        return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, 1)
+
+    def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
+        layer = self.layers[i]
+        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, 2, self.mlp_dtype)  # [T, 2 F]
+        activated = swiglu(gate_up, row_independent=self.row_tile is not None)  # [T, F]
+        return self._project(activated, layer.down, layer.down_bias, lora, i, 3, x.dtype)
+
+    def _project(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora: LoraBatch | None,
+        layer: int,
+        group: int,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """One of the layer's four matrices (see adapters.GROUPS), with its adapters if it has any, in dtype or x's."""
+        if lora is None or (layer, group) not in lora.groups:
+            return frozen_linear(x, weight, bias, self.row_tile, dtype)
+        return lora_linear(x, weight, bias, lora.groups[layer, group], lora.anchor, self.row_tile, dtype)

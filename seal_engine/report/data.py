@@ -1,0 +1,242 @@
+"""What a report says of a run, from its ledger alone: pure data, for the page and its pictures."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any
+
+from seal_engine.loop.ledger import Ledger, SelfEdit, Trial
+from seal_engine.loop.restem import TOGETHER, WRITTEN
+
+PARTS = ("writing", "training and asking", "policy update", "the rest")
+OTHERS = "baselines"  # the stage of what is measured beside self-edits
+_UNIT = re.compile(r"seed \d+, (?P<phase>.*?)(?:, (?P<part>writing|trials|accuracy)(?: \d+)?)?", re.DOTALL)
+_STAGE = re.compile(r"(round|evaluation) (\d+)(?:, .*)?", re.DOTALL)
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """Those that are numbers."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are numbers; None: there are none."""
+    numbers = finite(values)
+    return fmean(numbers) if numbers else None
+
+
+def deviation(values: Iterable[float | None]) -> float | None:
+    """Sample standard deviation of those that are numbers; None: there is at most one."""
+    numbers = finite(values)
+    return stdev(numbers) if len(numbers) > 1 else None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Accuracy of self-edits on each held-out context before and after: means over the seeds that have both."""
+
+    last: int  # the round that "after" means
+    seeds: list[int]
+    before: dict[str, float]
+    after: dict[str, float]
+    missing: int  # contexts without a pair: every self-edit before, or after, was refused or not graded
+
+    @cached_property
+    def changes(self) -> dict[str, float]:
+        """After less before, the greatest gain first."""
+        # Rounded, as equal means of other numbers may differ in their last bits.
+        changes = {name: round(self.after[name] - self.before[name], 9) for name in self.before}
+        return dict(sorted(changes.items(), key=lambda item: (-item[1], item[0])))
+
+
+@dataclass
+class Round:
+    """The self-edits of a round, all seeds together, that could be trained on."""
+
+    number: int
+    seeds: list[int] = field(default_factory=list)
+    refused: int = 0
+    base: list[float] = field(default_factory=list)  # the base's accuracy on each context, without an adapter
+    kept_rewards: list[float] = field(default_factory=list)
+    other_rewards: list[float] = field(default_factory=list)
+    kept_tokens: list[int] = field(default_factory=list)
+    other_tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A finished unit of work."""
+
+    name: str
+    finished: str  # UTC, ISO 8601
+    seconds: float
+    stage: str  # "baselines", "round 1", "evaluation 1"
+    part: str  # one of PARTS
+
+
+class RunData:
+    """All that the ledger holds, read once, so that the report is of one moment."""
+
+    def __init__(self, ledger: Ledger):
+        self.config = ledger.config
+        self.metrics = ledger.metrics()
+        self.policies = ledger.policies()
+        self.trials: dict[tuple[int, str], list[Trial]] = defaultdict(list)
+        for trial in ledger.trials():
+            self.trials[trial.seed, trial.phase].append(trial)
+        self.edits: dict[tuple[int, str], list[SelfEdit]] = defaultdict(list)
+        for edit in ledger.self_edits():
+            self.edits[edit.seed, edit.phase].append(edit)
+        self.started = ledger.started
+        self.units = [Unit(name, finished, seconds, *_place(name)) for name, finished, seconds in ledger.units()]
+
+    @cached_property
+    def accuracies(self) -> dict[str, dict[int, float]]:
+        """Phase -> seed -> accuracy on held-out contexts, of what has been measured to its end."""
+        found: dict[str, dict[int, float]] = {}
+        for entry in self.metrics:
+            if "trials" in entry and not str(entry["phase"]).startswith("round ") and finite([entry["accuracy"]]):
+                found.setdefault(entry["phase"], {})[entry["seed"]] = entry["accuracy"]
+        return found
+
+    def by_round(self, method: str) -> dict[int, dict[int, float]]:
+        """Round -> seed -> accuracy of what the policy of that round wrote; 0: before any round."""
+        found = {}
+        for phase, of_seed in self.accuracies.items():
+            stage = _STAGE.fullmatch(phase)
+            if stage and phase == f"evaluation {stage[2]}, {method}":
+                found[int(stage[2])] = of_seed
+        return dict(sorted(found.items()))
+
+    @property
+    def baselines(self) -> dict[str, list[float]]:
+        """All else that was measured -> accuracies over seeds."""
+        written = {f"evaluation {r}, {m}" for m in (WRITTEN, TOGETHER) for r in self.by_round(m)}
+        return {phase: list(found.values()) for phase, found in self.accuracies.items() if phase not in written}
+
+    @cached_property
+    def pairs(self) -> Pairs | None:
+        """Before against after; None until there is an "after"."""
+        found = self.by_round(WRITTEN)
+        last = max(found, default=0)
+        seeds = sorted(found.get(0, {}).keys() & found.get(last, {}).keys())
+        if last == 0 or not seeds:
+            return None
+        phases = [f"evaluation {r}" for r in (0, last)]
+        before, after = (self._by_context(f"{phase}, {WRITTEN}", seeds) for phase in phases)
+        pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for key in before:
+            if key in after:
+                pairs[key[1]].append((before[key], after[key]))
+        means = [{name: fmean(pair[i] for pair in own) for name, own in sorted(pairs.items())} for i in (0, 1)]
+        known = {edit.context for seed in seeds for phase in phases for edit in self.edits.get((seed, phase), [])}
+        return Pairs(last, seeds, *means, missing=len(known - pairs.keys()))
+
+    def _by_context(self, phase: str, seeds: Sequence[int]) -> dict[tuple[int, str], float]:
+        """(Seed, context) -> mean accuracy of its trials."""
+        found: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for seed in seeds:
+            for trial in self.trials.get((seed, phase), []):
+                for accuracy in finite([trial.accuracy]):
+                    found[seed, trial.context].append(accuracy)
+        return {key: fmean(own) for key, own in found.items()}
+
+    @cached_property
+    def rounds(self) -> list[Round]:
+        """Rounds that have an updated policy: what it was made of, and what was left out."""
+        rounds: dict[int, Round] = {}
+        for policy in self.policies:
+            one = rounds.setdefault(policy.round, Round(policy.round))
+            one.seeds.append(policy.seed)
+            phase, kept = f"round {policy.round}", set(policy.kept)
+            rewards: dict[tuple[str, int], list[float | None]] = defaultdict(list)
+            for trial in self.trials.get((policy.seed, phase), []):
+                rewards[trial.context, trial.index].append(trial.accuracy)
+            one.base += finite(trial.accuracy for trial in self.trials.get((policy.seed, f"{phase}, no adapter"), []))
+            for edit in self.edits.get((policy.seed, phase), []):
+                key = edit.context, edit.index
+                if edit.refused is not None:
+                    one.refused += 1
+                    continue
+                reward = finite([mean(rewards[key])])
+                (one.kept_rewards if key in kept else one.other_rewards).extend(reward)
+                (one.kept_tokens if key in kept else one.other_tokens).append(len(edit.token_ids))
+        return [rounds[number] for number in sorted(rounds)]
+
+    @property
+    def refusals(self) -> dict[str, Counter[str]]:
+        """Reason -> phase -> self-edits that nothing could be trained on, the most frequent reason first."""
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for (_, phase), edits in self.edits.items():
+            for edit in edits:
+                if edit.refused is not None:
+                    found[edit.refused][phase] += 1
+        return dict(sorted(found.items(), key=lambda item: (-item[1].total(), item[0])))
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Why adapters could not be trained, with how many trials that cost."""
+        trials = (trial for own in self.trials.values() for trial in own if not self._edit(trial, "refused"))
+        return Counter(trial.error for trial in trials if trial.error is not None)
+
+    def _edit(self, trial: Trial, field: str) -> str | None:
+        """A field of the self-edit that the trial is of; None where it is of none."""
+        edit = self._edits.get((trial.seed, trial.phase.removesuffix(f", {WRITTEN}"), trial.context, trial.index))
+        return None if edit is None else getattr(edit, field)
+
+    @cached_property
+    def _edits(self) -> dict[Any, SelfEdit]:
+        return {(e.seed, e.phase, e.context, e.index): e for own in self.edits.values() for e in own}
+
+    @cached_property
+    def adapters(self) -> list[Trial]:
+        """One trial for each adapter of the inner loop: the loop trains equal jobs once, so we count them once."""
+        found: dict[Any, Trial] = {}
+        for (seed, phase), own in self.trials.items():
+            joint = phase.endswith(f", {TOGETHER}")
+            for trial in own:
+                if (trial.num_steps or trial.error is not None) and not self._edit(trial, "refused"):
+                    what = self._edit(trial, "text")
+                    one = None if joint else (trial.context, trial.index if what is None else what)
+                    found.setdefault((seed, phase, trial.repeat, one), trial)
+        return list(found.values())
+
+    @property
+    def seconds_by_stage(self) -> dict[str, dict[str, float]]:
+        """Stage -> part -> seconds over seeds, stages in the order in which a seed goes through them."""
+        found: dict[str, dict[str, float]] = {}
+        for unit in self.units:
+            parts = found.setdefault(unit.stage, dict.fromkeys(PARTS, 0.0))
+            parts[unit.part] += unit.seconds
+        return dict(sorted(found.items(), key=lambda item: _stage_order(item[0])))
+
+    @property
+    def done(self) -> tuple[int, int] | None:
+        """Phases that are done, and how many there will be; None where the configuration does not say."""
+        seeds, rounds = self.config.get("seeds"), self.config.get("rounds")
+        if not isinstance(seeds, list) or not isinstance(rounds, int):
+            return None
+        phases = [f"round {r}" for r in range(1, rounds + 1)] + [f"evaluation {r}" for r in range(rounds + 1)]
+        names = {unit.name for unit in self.units}
+        return sum(f"seed {s}, {phase}" in names for s in seeds for phase in phases), len(seeds) * len(phases)
+
+
+def _place(unit: str) -> tuple[str, str]:
+    """Stage and part of a unit, from the name that the loop gives it."""
+    found = _UNIT.fullmatch(unit)
+    phase, part = (found["phase"], found["part"]) if found else (unit, None)
+    stage = _STAGE.fullmatch(phase)
+    if part is None:
+        part = PARTS[2] if stage and stage[1] == "round" else PARTS[3]
+    else:
+        part = {"writing": PARTS[0], "trials": PARTS[1], "accuracy": PARTS[3]}[part]
+    return f"{stage[1]} {stage[2]}" if stage else OTHERS, part
+
+
+def _stage_order(stage: str) -> tuple[int, int]:
+    kind, _, number = stage.partition(" ")
+    return (int(number), int(kind == "evaluation")) if number else (-1, 0)

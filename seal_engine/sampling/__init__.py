@@ -1,0 +1,1 @@
+"""Requests to completions, over a paged K/V cache."""

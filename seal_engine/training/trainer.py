@@ -1,0 +1,229 @@
+"""Trains many jobs at once: a loop over the two verbs.
+
+The Trainer makes one pass per step: the next micro-step of as many resident jobs as fit the token budget, packed into
+one stream, each adapter's tokens together.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from seal_engine.model.adapters import Adapter
+from seal_engine.model.transformer import Model
+from seal_engine.training.job_checkpoint import load_checkpoint, save_checkpoint
+from seal_engine.training.jobs import TrainJob, TrainResult, TrainSequence
+from seal_engine.training.schedule import JobState
+from seal_engine.training.verbs import AdapterBatch, advance_adapters, target_logprobs
+from seal_engine.types import InputError, is_integer
+
+
+class Trainer:
+    """Runs jobs: `submit`, then `step` until `poll` gives a result; `cancel` at any time. Jobs join as others leave."""
+
+    def __init__(
+        self,
+        model: Model,
+        prepare: Callable[[TrainJob], list[TrainSequence]],
+        token_budget: int,
+        state_bytes: int | None = None,
+        recompute: str = "none",
+        callback: Callable[[int, int, float], None] | None = None,
+    ):
+        """prepare: a job's sequences as checked token ids. token_budget: tokens per pass. state_bytes: what
+        parameters, gradients and moments of resident jobs may take (one job is always admitted); None: no limit.
+        callback(job_id, step, loss) is called after every optimizer step.
+        """
+        self.model = model
+        self.prepare = prepare
+        self.token_budget = token_budget
+        self.state_bytes = state_bytes
+        self.recompute = recompute
+        self.callback = callback
+        self.tokens_done = 0
+        self._waiting: list[tuple[int, TrainJob]] = []
+        self._resident: list[JobState] = []
+        self._results: dict[int, TrainResult] = {}
+        self._free_states: list[Tensor] = []  # gradients and moments of jobs that have left, all of one size
+        self._pending: list[tuple[list[JobState], list[JobState], Tensor, Tensor | None]] = []
+        self._submitted = 0
+
+    def submit(self, job: TrainJob) -> int:
+        """Queue a job; returns its id. A job that cannot be trained fails alone: its result has an error."""
+        job_id, self._submitted = self._submitted, self._submitted + 1
+        self._waiting.append((job_id, job))
+        return job_id
+
+    @property
+    def busy(self) -> bool:
+        """True while a job is waiting or resident."""
+        return bool(self._waiting or self._resident or self._pending)
+
+    @property
+    def num_resident(self) -> int:
+        """Jobs that are being trained."""
+        return len(self._resident)
+
+    @property
+    def num_done(self) -> int:
+        """Jobs that have a result."""
+        return len(self._results)
+
+    def result(self, job_id: int) -> TrainResult:
+        """The result of a job that is done."""
+        return self._results[job_id]
+
+    def poll(self, job_id: int) -> TrainResult | None:
+        """The job's result, or None while it is not done. Raises InputError for an id that was never given out."""
+        if not is_integer(job_id) or not 0 <= job_id < self._submitted:
+            raise InputError(f"job_id: found {job_id!r}; accepted: an id that submit returned")
+        return self._results.get(job_id)
+
+    def cancel(self, job_id: int) -> None:
+        """Stop a job; its result says so. A job that is done stays done."""
+        if self.poll(job_id) is not None:
+            return
+        self._waiting = [(i, job) for i, job in self._waiting if i != job_id]
+        state = next((state for state in self._resident if state.job_id == job_id), None)
+        if state is None:
+            self._results[job_id] = TrainResult(None, [], 0, "cancelled")
+        else:
+            self._fail(state, "cancelled")
+
+    def step(self) -> None:
+        """One pass: the next micro-step of as many jobs as fit the token budget, and the optimizer steps now due.
+
+        Resident jobs go first, those that were left out of the last pass before the others. While the pass has room,
+        waiting jobs are admitted one at a time; the first that does not fit is resident and goes first in the next
+        pass. So no job is skipped for a smaller one, and hardly any memory lies idle.
+        """
+        self._collect_losses()
+        chosen: list[JobState] = []
+        num_tokens = 0
+        for state in self._candidates():
+            if chosen and num_tokens + state.next_tokens > self.token_budget:
+                break
+            if state.next is not None:
+                chosen.append(state)
+                num_tokens += state.next_tokens
+        if not chosen:
+            return
+        self._forward_backward(chosen)
+        self.tokens_done += num_tokens
+        done = {state.job_id for state in chosen}
+        self._resident = [state for state in self._resident if state.job_id not in done] + chosen
+        if self.model.device.type == "cpu" or not any(state.next for state in self._resident):
+            self._collect_losses()
+
+    def _candidates(self) -> Iterator[JobState]:
+        """Resident jobs, then waiting ones; a waiting job is admitted when it is asked for."""
+        yield from list(self._resident)
+        while (state := self._admit()) is not None:
+            yield state
+
+    def _forward_backward(self, chosen: list[JobState]) -> None:
+        """One pass over the chosen jobs' next micro-steps; its losses are read by `_collect_losses`."""
+        batches, weights = [], []
+        for state in chosen:
+            if state.next is None:
+                continue
+            sequences = [state.ids[i] for i in state.next.members]
+            targets = [state.targets[i] for i in state.next.members]
+            dropout_key = (state.job.seed or 0, state.num_micro_steps)
+            batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key))
+            weights.append(state.next.weight)
+        logprobs = target_logprobs(self.model, batches, self.recompute)
+        losses = torch.stack([-own.sum() * weight for own, weight in zip(logprobs, weights, strict=True)])
+        losses.sum().backward()
+        stepping = [state for state in chosen if state.next is not None and state.next.ends_step]
+        norms = advance_adapters([(state.adapter, state.adam()) for state in stepping]) if stepping else None
+        self._pending.append((chosen, stepping, losses.detach(), norms))
+        for state in chosen:
+            state.advance()
+
+    def _collect_losses(self) -> None:
+        """Read the losses and norms of passes that have been made: on a GPU, while it computes the next pass."""
+        pending, self._pending = self._pending, []
+        for chosen, stepping, losses, norms in pending:
+            for state, loss in zip(chosen, losses.tolist(), strict=True):
+                state.step_loss += loss
+            for state, norm in zip(stepping, norms.tolist() if norms is not None else [], strict=True):
+                if state.job_id not in self._results:  # neither cancelled nor failed in an earlier pass
+                    self._end_optimizer_step(state, norm)
+
+    def _end_optimizer_step(self, state: JobState, norm: float) -> None:
+        """Record the loss of an optimizer step; end the job, fail it, or save its checkpoint where that is due."""
+        loss, state.step_loss = state.step_loss, 0.0
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                self._fail(state, f"step {len(state.losses)}: the {what} is {value}; the adapter diverged")
+                return
+        state.losses.append(loss)
+        if self.callback is not None:
+            self.callback(state.job_id, len(state.losses), loss)
+            if state.job_id in self._results:
+                return  # cancelled in the callback
+        if state.next is None and len(state.losses) == state.total_steps:
+            self._release(state)
+            result = TrainResult(state.adapter, state.losses, len(state.losses), num_tokens=state.num_tokens)
+            self._results[state.job_id] = result
+        elif state.job.checkpoint_dir is not None and len(state.losses) % state.job.checkpoint_every == 0:
+            try:
+                save_checkpoint(state)
+            except InputError as error:
+                self._fail(state, str(error))
+
+    def _release(self, state: JobState) -> None:
+        """The job's gradients and moments become the next job's: fresh memory costs a CPU more than zeroing it does."""
+        self._resident.remove(state)
+        memory = state.adapter.release_optimizer_state()
+        if memory is not None:
+            self._free_states.append(memory)
+
+    def _fail(self, state: JobState, error: str) -> None:
+        self._release(state)
+        self._results[state.job_id] = TrainResult(None, state.losses, len(state.losses), error, state.num_tokens)
+
+    def _admit(self) -> JobState | None:
+        """Make the next waiting job that can be trained resident; None if there is none or no memory for it."""
+        while self._waiting:
+            job_id, job = self._waiting[0]
+            try:
+                state = self._job_state(job_id, job)
+            except InputError as error:
+                self._waiting.pop(0)
+                self._results[job_id] = TrainResult(None, [], 0, str(error))
+                continue
+            if state is not None:
+                self._waiting.pop(0)
+                self._resident.append(state)
+            return state
+        return None
+
+    def _job_state(self, job_id: int, job: TrainJob) -> JobState | None:
+        """The job with its adapter; None if its memory does not fit now. InputError for one that cannot be trained."""
+        if not isinstance(job, TrainJob):
+            raise InputError(f"jobs: found {type(job).__name__}; accepted: a TrainJob")
+        job.check()
+        sequences = self.prepare(job)
+        if job.init_from is not None:
+            if not isinstance(job.init_from, Adapter):
+                raise InputError(f"init_from: found {type(job.init_from).__name__}; accepted: an Adapter")
+            job.init_from.check_model(self.model.config, "init_from")
+            job = replace(job, lora=job.init_from.config)
+        size = Adapter(self.model.config, job.lora, torch.device("meta")).params.nbytes  # before memory is taken
+        bytes_in_use = sum(4 * state.adapter.params.nbytes for state in self._resident)
+        if self._resident and self.state_bytes is not None and bytes_in_use + 4 * size > self.state_bytes:
+            return None
+        if job.init_from is not None:
+            adapter = job.init_from.copy()
+        else:
+            adapter = Adapter.create(self.model.config, job.lora, self.model.device, job.seed or 0)
+        if self._free_states and self._free_states[-1].shape[1] != adapter.layout.size:
+            self._free_states.clear()  # of another size: given back, so that memory stays within its bound
+        adapter.allocate_optimizer_state(self._free_states.pop() if self._free_states else None)
+        state = JobState(job_id, job, sequences, adapter, self.token_budget)
+        load_checkpoint(state)
+        return state

@@ -1,0 +1,182 @@
+"""The two verbs under all training, over any mix of adapters.
+
+`forward_backward` adds to the gradients of the adapters in its data; `optim_step` advances any set of adapters.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seal_engine.inputs import check_token_ids, integers
+from seal_engine.model.adapters import Adapter
+from seal_engine.model.lora_batch import LoraBatch
+from seal_engine.model.transformer import Model
+from seal_engine.training.jobs import AdamParams, Datum, DatumResult
+from seal_engine.training.losses import datum_loss
+from seal_engine.types import InputError, PackedBatch, chunks, require
+from seal_kernels.adamw import Hyper, adamw_step
+
+
+@dataclass(frozen=True)
+class AdapterBatch:
+    """One adapter's sequences in a pass. targets[i][j]: whether token j of sequence i is a target; token 0 never is."""
+
+    adapter: Adapter
+    sequences: Sequence[Sequence[int]]
+    targets: Sequence[Sequence[bool]]
+    dropout_key: tuple[int, int] = (0, 0)
+
+
+def target_logprobs(model: Model, batches: Sequence[AdapterBatch], recompute: str) -> list[Tensor]:
+    """Each adapter's log-probabilities of its target tokens, [n] float32 in order, attached to one graph.
+
+    Backward from them adds to the adapters' gradients.
+    """
+    sequences = [sequence for part in batches for sequence in part.sequences]
+    targets = [target for part in batches for target in part.targets]
+    tokens = [sum(map(len, part.sequences)) for part in batches]
+    keys = [part.dropout_key for part in batches]
+    counts = [sum(map(sum, part.targets)) for part in batches]
+    batch = PackedBatch.pack(sequences, model.device)
+    lora = LoraBatch.make([part.adapter for part in batches], tokens, train=True, dropout_keys=keys)
+    hidden = model.hidden_states(batch, lora, recompute=recompute)
+    wanted = torch.tensor([t for target in targets for t in target], dtype=torch.bool).nonzero().squeeze(1)
+    wanted = wanted.to(model.device)
+    logprobs = model.token_logprobs(hidden.index_select(0, wanted - 1), batch.token_ids[wanted])
+    return list(logprobs.split(counts))
+
+
+def forward_backward(
+    model: Model, data: Sequence[Datum], token_budget: int, recompute: str = "none"
+) -> list[DatumResult]:
+    """Add the gradient of every datum's loss to its adapter's gradients; returns losses and log-probabilities.
+
+    Any mix of adapters, sequences and losses. Calls accumulate until `optim_step`. Raises InputError naming the datum
+    before anything is computed; where a callable loss fails, all gradients are as they were before the call.
+    """
+    plain = isinstance(data, Sequence) and not isinstance(data, str)
+    require(plain, "data", data, "a list of Datum")
+    for i, datum in enumerate(data):
+        _check_datum(datum, f"data[{i}]", model)
+    parts = list(chunks([len(datum.token_ids) for datum in data], token_budget))
+    # A callable of a later chunk may fail after the backward pass of an earlier one.
+    # A callable of a later part may fail after the backward pass of an earlier one.
+    needs_rollback = len(parts) > 1 and any(callable(datum.loss) for datum in data)
+    before = {datum.adapter: datum.adapter.grads for datum in data}
+    if needs_rollback:
+        before = {adapter: None if grads is None else grads.clone() for adapter, grads in before.items()}
+    try:
+        return [result for chunk in parts for result in _forward_backward(model, data, chunk, recompute)]
+    except BaseException:
+        for adapter, grads in before.items():
+            if grads is None:
+                adapter.release_optimizer_state()
+            elif adapter.grads is not None and needs_rollback:
+                adapter.grads.copy_(grads)
+        raise
+
+
+def _forward_backward(model: Model, data: Sequence[Datum], chunk: list[int], recompute: str) -> list[DatumResult]:
+    """`forward_backward` of the data whose numbers are in chunk, in one pass."""
+    by_adapter: dict[int, list[int]] = {}
+    for i in chunk:
+        by_adapter.setdefault(data[i].adapter.uid, []).append(i)
+    batches = []
+    for members in by_adapter.values():
+        adapter = data[members[0]].adapter
+        adapter.allocate_optimizer_state()
+        sequences = [data[i].token_ids for i in members]
+        batches.append(AdapterBatch(adapter, sequences, [[False, *[True] * (len(s) - 1)] for s in sequences]))
+    logprobs: dict[int, Tensor] = {}
+    for members, joined in zip(by_adapter.values(), target_logprobs(model, batches, recompute), strict=True):
+        logprobs |= zip(members, joined.split([len(data[i].token_ids) - 1 for i in members]), strict=True)
+    losses = torch.stack([datum_loss(data[i], logprobs[i], f"data[{i}].loss") for i in chunk])
+    losses.sum().backward()
+    return [DatumResult(loss, logprobs[i].detach().cpu()) for i, loss in zip(chunk, losses.tolist(), strict=True)]
+
+
+def optim_step(steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
+    """One AdamW step of every adapter in the list, all at once; gradients start at zero again.
+
+    Returns each adapter's gradient norm before clipping. An adapter whose norm is not finite stays as it is, but for
+    its gradients. Raises InputError naming the entry: an adapter without gradients, or twice.
+    """
+    plain = isinstance(steps, Sequence) and not isinstance(steps, str)
+    require(plain, "steps", steps, "a list of (Adapter, AdamParams)")
+    seen: set[int] = set()
+    for i, entry in enumerate(steps):
+        pair = isinstance(entry, Sequence) and len(entry) == 2
+        accepted = "(Adapter, AdamParams)"
+        require(pair and isinstance(entry[0], Adapter), f"steps[{i}]", entry, accepted)
+        require(isinstance(entry[1], AdamParams), f"steps[{i}]", entry, accepted)
+        adapter, hyper = entry
+        try:
+            hyper.check()
+        except InputError as error:
+            raise InputError(f"steps[{i}].{error}") from None
+        if adapter.grads is None:
+            raise InputError(f"steps[{i}]: adapter {adapter.uid} has no gradients; call forward_backward first")
+        if adapter.uid in seen:
+            raise InputError(f"steps[{i}]: adapter {adapter.uid} is in the list twice")
+        seen.add(adapter.uid)
+    norms = advance_adapters(steps).tolist() if steps else []
+    for (adapter, _), norm in zip(steps, norms, strict=True):
+        if not math.isfinite(norm):
+            adapter.steps -= 1  # its moments have not moved
+    return norms
+
+
+def advance_adapters(steps: Sequence[tuple[Adapter, AdamParams]]) -> Tensor:
+    """`optim_step` without checks; the gradient norms [adapters] stay on the device."""
+    params, grads, exp_avgs, exp_avg_sqs = [], [], [], []
+    for adapter, _ in steps:
+        if adapter.grads is None or adapter.moments is None:
+            raise InputError(f"adapter {adapter.uid} is not being trained")
+        adapter.steps += 1
+        adapter.version += 1
+        params.append(adapter.params)
+        grads.append(adapter.grads)
+        exp_avgs.append(adapter.moments[0])
+        exp_avg_sqs.append(adapter.moments[1])
+    hyper = Hyper(
+        learning_rate=[h.learning_rate for _, h in steps],
+        beta1=[h.betas[0] for _, h in steps],
+        beta2=[h.betas[1] for _, h in steps],
+        eps=[h.eps for _, h in steps],
+        weight_decay=[h.weight_decay for _, h in steps],
+        step=[adapter.steps for adapter, _ in steps],
+        max_grad_norm=[h.max_grad_norm for _, h in steps],
+    )
+    return adamw_step(params, grads, exp_avgs, exp_avg_sqs, hyper)
+
+
+def _check_datum(datum: Datum, name: str, model: Model) -> None:
+    require(isinstance(datum, Datum), name, datum, "a Datum")
+    require(isinstance(datum.adapter, Adapter), f"{name}.adapter", datum.adapter, "an Adapter")
+    datum.adapter.check_model(model.config, f"{name}.adapter")
+    check_token_ids(integers(datum.token_ids, f"{name}.token_ids"), f"{name}.token_ids", model.config)
+    n = len(datum.token_ids)
+    require(
+        n >= 2, f"{name}.token_ids", datum.token_ids, "at least two tokens: the second is the first that is predicted"
+    )
+    known = ("cross_entropy", "importance_sampling")
+    require(
+        callable(datum.loss) or datum.loss in known, f"{name}.loss", datum.loss, f"one of {list(known)} or a callable"
+    )
+    needed = {"old_logprobs", "advantages"} if datum.loss == "importance_sampling" else set()
+    for field in ("weights", "old_logprobs", "advantages"):
+        values = getattr(datum, field)
+        if values is None:
+            require(field not in needed, f"{name}.{field}", values, f"{n - 1} numbers")
+            continue
+        require(not callable(datum.loss), f"{name}.{field}", values, "None with a callable loss")
+        try:
+            column = torch.as_tensor(values, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            column = torch.empty(())
+        require(column.dim() == 1, f"{name}.{field}", values, f"{n} or {n - 1} numbers")
+        require(len(column) in (n, n - 1), f"{name}.{field}", f"{len(column)} entries", f"{n} or {n - 1} numbers")
+        require(bool(column.isfinite().all()), f"{name}.{field}", values, "finite numbers")

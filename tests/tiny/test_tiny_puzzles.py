@@ -1,0 +1,89 @@
+"""The few-shot loop with the shipped puzzle miniature: it learns from rewards, and its page shows puzzles."""
+
+import sys
+
+import pytest
+
+from seal_engine import Engine, runs
+from seal_engine.cli.main import main
+from seal_engine.domains.few_shot.arc import Example, Task
+from seal_engine.domains.few_shot.puzzle_picture import OF_EACH, Answered, choose, draw
+from seal_engine.domains.few_shot.task import FewShotConfig
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.settings import make
+from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
+from seal_engine.tiny.puzzles import PUZZLE_MODEL
+
+SMALL = ["--contexts=4", "--self-edits=3", "--rounds=1", "--keep-reward=0"]
+GRID = ((1, 2), (3, 4))
+
+
+def start(directory, **settings):
+    runs.start("puzzle-miniature", settings, directory, lambda line: None, progress=False)
+    with Ledger.read(directory) as ledger:
+        return {row.name: row.mean for row in runs.rows(ledger)}
+
+
+def test_the_policy_learns_from_rewards_and_from_nothing_else(tmp_path):
+    """One round of the demo's size, measured on more; the control selects by the rewards of other self-edits."""
+    settings = {"rounds": 1, "held_out_self_edits": 3}
+    found, blind = start(tmp_path / "run", **settings), start(tmp_path / "blind", **settings, shuffle_rewards=True)
+    before, after = found["self-edits, before any round"], found["self-edits, after round 1"]
+    assert before == blind["self-edits, before any round"]
+    assert after >= before + 0.1
+    assert after > blind["self-edits, after round 1"]
+    assert found["best of two directives (oracle)"] > found["fixed directive"] > found["in context"]
+
+
+def test_a_small_run(tmp_path, capsys):
+    """Its page shows puzzles; the same command again changes nothing; the choice shown is what the ledger says."""
+    command = ["run", "puzzle-miniature", "--out", str(tmp_path / "run"), *SMALL, "--quiet"]
+    assert main(command) == 0
+    page = (tmp_path / "run/report.html").read_bytes()
+    assert b"Held-out puzzles with the answers" in page
+    picture = (tmp_path / "run/puzzles.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert main(command) == 0
+    assert (tmp_path / "run/report.html").read_bytes() == page
+    assert (tmp_path / "run/puzzles.png").read_bytes() == picture
+    engine = Engine.from_pretrained(PUZZLE_MODEL, device="cpu", dtype="float32")
+    domain = make_puzzle_miniature(make(FewShotConfig, PUZZLE_MINIATURE), engine)
+    with Ledger.read(tmp_path / "run") as ledger:
+        chosen = choose(domain, ledger)
+        trials = {t.context: t for t in ledger.trials(0, "evaluation 1, self-edits")}
+    assert 0 < len(chosen) <= 4 * OF_EACH
+    for one in chosen:
+        assert list(one.elected) == ["in context", "before any round", "after round 1"]
+        grades = trials[f"held out {one.task.name}"].grades  # none where the self-edit was refused
+        assert (one.elected["after round 1"] == one.task.tests[0].output) == bool(grades and grades[0])
+
+
+def test_grids_of_all_kinds_are_drawn():
+    """Large ones, none at all, and puzzles with fewer demonstrations than others."""
+    wide = tuple(tuple((r + c) % 10 for c in range(30)) for r in range(20))
+    puzzles = [
+        Answered(Task("$one$ 1", (Example(GRID, GRID),) * 3, (Example(GRID, GRID),)), {"in context": GRID}),
+        Answered(Task("two 2", (Example(wide, GRID),), (Example(GRID, wide),)), {"in context": None}),
+    ]
+    assert draw(puzzles).startswith(b"\x89PNG")
+    assert draw(puzzles) == draw(puzzles)
+    assert draw(puzzles[:1]) != draw([Answered(puzzles[0].task, {"in context": GRID[::-1]})])
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "seal_engine.report.plots", raising=False)
+    command = ["run", "puzzle-miniature", "--out", str(tmp_path / "run"), *SMALL, "--rounds=0", "--quiet"]
+    assert main(command) == 0
+    assert not (tmp_path / "run/puzzles.png").exists()
+    assert "matplotlib is not installed" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["challenges", "held_out_challenges"])
+def test_the_miniature_has_puzzles_of_its_own(tmp_path, capsys, name):
+    (tmp_path / "arc.json").write_text("{}")
+    flag = f"--{name.replace('_', '-')}"
+    command = ["run", "puzzle-miniature", "--out", str(tmp_path / "run"), flag, str(tmp_path / "arc.json"), "--quiet"]
+    assert main(command) == 2
+    assert "the miniature has puzzles of its own" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
