@@ -37,7 +37,7 @@ LORAS: dict[str, dict[str, Any]] = {
     "miniature": {"rank": 16, "alpha": 32.0, "targets": SEVEN, "lr_scheduler": "linear", "warmup_steps": 0},
 }
 ANSWER_TOKENS = 12  # a grid takes 10, its end one
-SMALL = {"most_tasks": 8, "most_sequence_tokens": 96, "answer_tokens": ANSWER_TOKENS}
+SMALL = {"max_tasks": 8, "max_sequence_tokens": 96, "answer_tokens": ANSWER_TOKENS}
 TAME, FIRST = 1e-2, 4  # with higher learning rates rounding soon decides; only the first steps are compared
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the models are too small for a GPU")
 

@@ -18,10 +18,12 @@ from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.domains.knowledge.seal_files import write_result, write_sft
 from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
-from seal_engine.loop.domain import Domain, LoopConfig
+from seal_engine.loop.config import LoopConfig
+from seal_engine.loop.domain import Domain
 from seal_engine.loop.ledger import Ledger
-from seal_engine.loop.restem import TOGETHER, WRITTEN, ReSTEM, check
-from seal_engine.loop.settings import defaults_of, make
+from seal_engine.loop.records import EVALUATION, ROUND, Phase
+from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS, ReSTEM, validate_run
+from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
@@ -35,8 +37,8 @@ FILES = (
 )  # fmt: skip
 
 
-# Settings that change no result: a run may go on with others.
-FREE = ("device", "max_ungraded", "endpoint", "endpoint_key_variable", "endpoint_concurrency", "endpoint_timeout")
+# Settings that change no result: a run may go on with other values.
+MUTABLE = ("device", "max_ungraded", "endpoint", "endpoint_key_variable", "endpoint_concurrency", "endpoint_timeout")
 MEGABYTE = 1 << 20
 
 
@@ -101,16 +103,16 @@ def start(
     task: str,
     values: Mapping[str, Any],
     out: str | Path,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Path:
     """Run a task with the given settings, or go on with the run in `out`; returns its directory.
 
-    values: by name of field; others have their defaults. say, progress: as of ReSTEM. Raises InputError for settings
+    values: by name of field; others have their defaults. log, progress: as of ReSTEM. Raises InputError for settings
     or data that cannot be used, before anything is trained, and where `out` holds a run with other settings.
     """
     kinds = configs(task)
-    values = {**TASKS[task].defaults, **values}
+    values = {**TASKS[task].defaults, **rename_old(values)}
     known = {name for kind in kinds for name in defaults_of(kind)}
     for name in values:
         require(name in known, name, values[name], f"one of {sorted(known)}")
@@ -126,21 +128,21 @@ def start(
     fixed = getattr(own, "grader", "") != "model" or loop.policy_update == "adapter" or not loop.rounds
     require(fixed, "grader", "model", "it with policy_update 'adapter': a merge would change who grades")
     domain = TASKS[task].make(own, engine)
-    check(domain, loop)
+    validate_run(domain, loop)
     settings |= {"task": task, "sha256": files | _fingerprint(Path(engine_config.model))}
-    with Ledger.open(out, settings, FREE) as ledger:
-        ReSTEM(engine, domain, loop, ledger, say, progress).run()
+    with Ledger.open(out, settings, MUTABLE) as ledger:
+        ReSTEM(engine, domain, loop, ledger, log, progress).run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
 
 
-def resume(directory: str | Path, say: Callable[[str], None] = print, progress: bool = True) -> Path:
+def resume(directory: str | Path, log: Callable[[str], None] = print, progress: bool = True) -> Path:
     """Go on with a run, from its directory alone."""
     with Ledger.read(directory) as ledger:
         settings = dict(ledger.config)
     task = settings.pop("task", None)
     settings.pop("sha256", None)
-    return start(str(task), settings, directory, say, progress)
+    return start(str(task), settings, directory, log, progress)
 
 
 def _fingerprint(model: Path) -> dict[str, str]:
@@ -176,7 +178,7 @@ class Row:
     name: str
     accuracies: tuple[float, ...]  # of each seed that has one, 0 to 1
     contexts: int = 0  # measured, of each seed the fewest
-    refused: int = 0  # trials of refused self-edits: wrong answers
+    rejected: int = 0  # trials of rejected self-edits: wrong answers
     failed: int = 0  # adapters that could not be trained: wrong answers
     ungraded: int = 0  # answers that are left out
 
@@ -196,34 +198,35 @@ def rows(ledger: Ledger) -> list[Row]:
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in ledger.metrics():
         known = entry.get("accuracy") is not None and math.isfinite(entry["accuracy"])
-        if "trials" in entry and not str(entry["phase"]).startswith("round ") and known:
+        if "trials" in entry and Phase.parse(str(entry["phase"])).stage != ROUND and known:
             found.setdefault(entry["phase"], []).append(entry)
     return [
         Row(
             _title(phase),
             tuple(entry["accuracy"] for entry in entries),
             min(entry.get("contexts", 0) for entry in entries),
-            *(sum(entry.get(name, 0) for entry in entries) for name in ("refused", "failed", "ungraded")),
+            *(sum(entry.get(name, 0) for entry in entries) for name in ("rejected", "failed", "ungraded")),
         )
         for phase, entries in found.items()
     ]
 
 
-def _title(phase: str) -> str:
-    if not phase.startswith("evaluation "):
-        return phase
-    number, _, method = phase.removeprefix("evaluation ").partition(", ")
-    when = "before any round" if number == "0" else f"after round {number}"
-    return f"{method}, {when}" if method in (WRITTEN, TOGETHER) else f"{method} ({when})"
+def _title(text: str) -> str:
+    phase = Phase.parse(text)
+    if phase.stage != EVALUATION:
+        return text
+    when = f"after round {phase.round}" if phase.round else "before any round"
+    by_the_policy = phase.method in (SELF_EDITS, CONTINUED_PRETRAINING)
+    return f"{phase.method}, {when}" if by_the_policy else f"{phase.method} ({when})"
 
 
 def table(found: Sequence[Row]) -> str:
     """Rows as text: means and standard deviations over seeds in percent, and what was left out or failed."""
-    lines, most = [("method", "accuracy", "sd", "")], max((row.contexts for row in found), default=0)
+    lines, max_contexts = [("method", "accuracy", "sd", "")], max((row.contexts for row in found), default=0)
     for row in found:
         deviation = "" if row.deviation is None else f"{100 * row.deviation:.1f}"
-        notes = [f"{row.contexts} of {most} contexts"] * (row.contexts < most)
-        notes += [f"{getattr(row, n)} {n}" for n in ("refused", "failed", "ungraded") if getattr(row, n)]
+        notes = [f"{row.contexts} of {max_contexts} contexts"] if row.contexts < max_contexts else []
+        notes += [f"{getattr(row, n)} {n}" for n in ("rejected", "failed", "ungraded") if getattr(row, n)]
         lines.append((row.name, f"{100 * row.mean:.1f}", deviation, ", ".join(notes)))
     width = max(len(name) for name, *_ in lines) + 2
     return "\n".join(f"{name:<{width}}{mean:>9}{sd:>7}  {notes}".rstrip() for name, mean, sd, notes in lines)

@@ -11,6 +11,20 @@ from seal_engine.files import read_text, show
 from seal_engine.types import InputError
 
 Config = TypeVar("Config")
+# Former name of a setting -> its name. Flags, TOML files and runs may still have the former one.
+OLD_NAMES = {
+    "together": "continued_pretraining",
+    "trials_a_unit": "trials_per_step",
+    "writer": "self_edit_source",
+    "most_tasks": "max_tasks",
+    "most_steps": "max_steps",
+    "most_sequence_tokens": "max_sequence_tokens",
+}
+
+
+def rename_old(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings under their present names."""
+    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type, title: str, defaults: Mapping[str, Any]) -> None:
@@ -33,7 +47,11 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, title: str, defaults:
             options |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
             if field.metadata["choices"]:
                 options |= {"choices": field.metadata["choices"], "metavar": None}
-        group.add_argument("--" + field.name.replace("_", "-"), **options)
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(flag, **options)
+        for old in [old for old, name in OLD_NAMES.items() if name == field.name]:
+            hidden: dict[str, Any] = {**options, "help": argparse.SUPPRESS, "dest": field.name}
+            group.add_argument("--" + old.replace("_", "-"), **hidden)
 
 
 def _settings(kind: type) -> list[Field]:
@@ -57,7 +75,7 @@ def read_toml(path: str | Path, kinds: Sequence[type]) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from None
     hints = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in _settings(kind)}
-    named = {key.replace("-", "_"): value for key, value in values.items()}
+    named = rename_old({key.replace("-", "_"): value for key, value in values.items()})
     return {key: _typed(value, hints.get(key), f"{path}: {key}", list(hints)) for key, value in named.items()}
 
 

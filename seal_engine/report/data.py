@@ -1,21 +1,18 @@
 """What a report says of a run, from its ledger alone: pure data, for the page and its pictures."""
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
-from seal_engine.loop.ledger import Ledger, SelfEdit, Trial
-from seal_engine.loop.restem import TOGETHER, WRITTEN
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, SelfEdit, Step, Trial
+from seal_engine.loop.restem import CONTINUED_PRETRAINING, NO_ADAPTER, SELF_EDITS
 
 PARTS = ("writing", "training and asking", "policy update", "the rest")
-OTHERS = "baselines"  # the stage of what is measured beside self-edits
-_UNIT = re.compile(r"seed \d+, (?P<phase>.*?)(?:, (?P<part>writing|trials|accuracy)(?: \d+)?)?", re.DOTALL)
-_STAGE = re.compile(r"(round|evaluation) (\d+)(?:, .*)?", re.DOTALL)
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
@@ -43,7 +40,7 @@ class Pairs:
     seeds: list[int]
     before: dict[str, float]
     after: dict[str, float]
-    missing: int  # contexts without a pair: every self-edit before, or after, was refused or not graded
+    missing: int  # contexts without a pair: every self-edit before, or after, was rejected or not graded
 
     @cached_property
     def changes(self) -> dict[str, float]:
@@ -59,7 +56,7 @@ class Round:
 
     number: int
     seeds: list[int] = field(default_factory=list)
-    refused: int = 0
+    rejected: int = 0
     base: list[float] = field(default_factory=list)  # the base's accuracy on each context, without an adapter
     kept_rewards: list[float] = field(default_factory=list)
     other_rewards: list[float] = field(default_factory=list)
@@ -68,8 +65,8 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A finished unit of work."""
+class FinishedStep:
+    """A checkpointed step that is recorded."""
 
     name: str
     finished: str  # UTC, ISO 8601
@@ -92,42 +89,49 @@ class RunData:
         for edit in ledger.self_edits():
             self.edits[edit.seed, edit.phase].append(edit)
         self.started = ledger.started
-        self.units = [Unit(name, finished, seconds, *_place(name)) for name, finished, seconds in ledger.units()]
+        self.steps = [
+            FinishedStep(name, finished, seconds, *_stage_and_part(name)) for name, finished, seconds in ledger.steps()
+        ]
 
     @cached_property
     def accuracies(self) -> dict[str, dict[int, float]]:
         """Phase -> seed -> accuracy on held-out contexts, of what has been measured to its end."""
         found: dict[str, dict[int, float]] = {}
         for entry in self.metrics:
-            if "trials" in entry and not str(entry["phase"]).startswith("round ") and finite([entry["accuracy"]]):
+            phase = Phase.parse(str(entry.get("phase")))
+            if "trials" in entry and phase.stage != ROUND and finite([entry["accuracy"]]):
                 found.setdefault(entry["phase"], {})[entry["seed"]] = entry["accuracy"]
         return found
 
     def by_round(self, method: str) -> dict[int, dict[int, float]]:
         """Round -> seed -> accuracy of what the policy of that round wrote; 0: before any round."""
         found = {}
-        for phase, of_seed in self.accuracies.items():
-            stage = _STAGE.fullmatch(phase)
-            if stage and phase == f"evaluation {stage[2]}, {method}":
-                found[int(stage[2])] = of_seed
+        for text, of_seed in self.accuracies.items():
+            phase = Phase.parse(text)
+            if phase.stage == EVALUATION and phase.method == method:
+                found[phase.round] = of_seed
         return dict(sorted(found.items()))
 
     @property
     def baselines(self) -> dict[str, list[float]]:
         """All else that was measured -> accuracies over seeds."""
-        written = {f"evaluation {r}, {m}" for m in (WRITTEN, TOGETHER) for r in self.by_round(m)}
-        return {phase: list(found.values()) for phase, found in self.accuracies.items() if phase not in written}
+        by_the_policy = (SELF_EDITS, CONTINUED_PRETRAINING)
+        return {
+            phase: list(found.values())
+            for phase, found in self.accuracies.items()
+            if Phase.parse(phase).method not in by_the_policy
+        }
 
     @cached_property
     def pairs(self) -> Pairs | None:
         """Before against after; None until there is an "after"."""
-        found = self.by_round(WRITTEN)
+        found = self.by_round(SELF_EDITS)
         last = max(found, default=0)
         seeds = sorted(found.get(0, {}).keys() & found.get(last, {}).keys())
         if last == 0 or not seeds:
             return None
-        phases = [f"evaluation {r}" for r in (0, last)]
-        before, after = (self._by_context(f"{phase}, {WRITTEN}", seeds) for phase in phases)
+        phases = [str(Phase(EVALUATION, r)) for r in (0, last)]
+        before, after = [self._by_context(str(Phase(EVALUATION, r, SELF_EDITS)), seeds) for r in (0, last)]
         pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for key in before:
             if key in after:
@@ -152,15 +156,16 @@ class RunData:
         for policy in self.policies:
             one = rounds.setdefault(policy.round, Round(policy.round))
             one.seeds.append(policy.seed)
-            phase, kept = f"round {policy.round}", set(policy.kept)
+            phase, kept = Phase(ROUND, policy.round), set(policy.kept)
             rewards: dict[tuple[str, int], list[float | None]] = defaultdict(list)
-            for trial in self.trials.get((policy.seed, phase), []):
+            for trial in self.trials.get((policy.seed, str(phase)), []):
                 rewards[trial.context, trial.index].append(trial.accuracy)
-            one.base += finite(trial.accuracy for trial in self.trials.get((policy.seed, f"{phase}, no adapter"), []))
-            for edit in self.edits.get((policy.seed, phase), []):
+            base = self.trials.get((policy.seed, str(replace(phase, method=NO_ADAPTER))), [])
+            one.base += finite(trial.accuracy for trial in base)
+            for edit in self.edits.get((policy.seed, str(phase)), []):
                 key = edit.context, edit.index
-                if edit.refused is not None:
-                    one.refused += 1
+                if edit.rejected is not None:
+                    one.rejected += 1
                     continue
                 reward = finite([mean(rewards[key])])
                 (one.kept_rewards if key in kept else one.other_rewards).extend(reward)
@@ -168,24 +173,26 @@ class RunData:
         return [rounds[number] for number in sorted(rounds)]
 
     @property
-    def refusals(self) -> dict[str, Counter[str]]:
+    def rejections(self) -> dict[str, Counter[str]]:
         """Reason -> phase -> self-edits that nothing could be trained on, the most frequent reason first."""
         found: dict[str, Counter[str]] = defaultdict(Counter)
         for (_, phase), edits in self.edits.items():
             for edit in edits:
-                if edit.refused is not None:
-                    found[edit.refused][phase] += 1
+                if edit.rejected is not None:
+                    found[edit.rejected][phase] += 1
         return dict(sorted(found.items(), key=lambda item: (-item[1].total(), item[0])))
 
     @property
     def failures(self) -> Counter[str]:
         """Why adapters could not be trained, with how many trials that cost."""
-        trials = (trial for own in self.trials.values() for trial in own if not self._edit(trial, "refused"))
+        trials = (trial for own in self.trials.values() for trial in own if not self._edit(trial, "rejected"))
         return Counter(trial.error for trial in trials if trial.error is not None)
 
     def _edit(self, trial: Trial, field: str) -> str | None:
         """A field of the self-edit that the trial is of; None where it is of none."""
-        edit = self._edits.get((trial.seed, trial.phase.removesuffix(f", {WRITTEN}"), trial.context, trial.index))
+        phase = Phase.parse(trial.phase)
+        written = str(replace(phase, method="")) if phase.method == SELF_EDITS else trial.phase
+        edit = self._edits.get((trial.seed, written, trial.context, trial.index))
         return None if edit is None else getattr(edit, field)
 
     @cached_property
@@ -197,9 +204,9 @@ class RunData:
         """One trial for each adapter of the inner loop: the loop trains equal jobs once, so we count them once."""
         found: dict[Any, Trial] = {}
         for (seed, phase), own in self.trials.items():
-            joint = phase.endswith(f", {TOGETHER}")
+            joint = Phase.parse(phase).method == CONTINUED_PRETRAINING
             for trial in own:
-                if (trial.num_steps or trial.error is not None) and not self._edit(trial, "refused"):
+                if (trial.num_steps or trial.error is not None) and not self._edit(trial, "rejected"):
                     what = self._edit(trial, "text")
                     one = None if joint else (trial.context, trial.index if what is None else what)
                     found.setdefault((seed, phase, trial.repeat, one), trial)
@@ -209,9 +216,9 @@ class RunData:
     def seconds_by_stage(self) -> dict[str, dict[str, float]]:
         """Stage -> part -> seconds over seeds, stages in the order in which a seed goes through them."""
         found: dict[str, dict[str, float]] = {}
-        for unit in self.units:
-            parts = found.setdefault(unit.stage, dict.fromkeys(PARTS, 0.0))
-            parts[unit.part] += unit.seconds
+        for step in self.steps:
+            parts = found.setdefault(step.stage, dict.fromkeys(PARTS, 0.0))
+            parts[step.part] += step.seconds
         return dict(sorted(found.items(), key=lambda item: _stage_order(item[0])))
 
     @property
@@ -220,23 +227,22 @@ class RunData:
         seeds, rounds = self.config.get("seeds"), self.config.get("rounds")
         if not isinstance(seeds, list) or not isinstance(rounds, int):
             return None
-        phases = [f"round {r}" for r in range(1, rounds + 1)] + [f"evaluation {r}" for r in range(rounds + 1)]
-        names = {unit.name for unit in self.units}
-        return sum(f"seed {s}, {phase}" in names for s in seeds for phase in phases), len(seeds) * len(phases)
+        phases = [Phase(ROUND, r) for r in range(1, rounds + 1)] + [Phase(EVALUATION, r) for r in range(rounds + 1)]
+        names = {step.name for step in self.steps}
+        return sum(str(Step(s, phase)) in names for s in seeds for phase in phases), len(seeds) * len(phases)
 
 
-def _place(unit: str) -> tuple[str, str]:
-    """Stage and part of a unit, from the name that the loop gives it."""
-    found = _UNIT.fullmatch(unit)
-    phase, part = (found["phase"], found["part"]) if found else (unit, None)
-    stage = _STAGE.fullmatch(phase)
-    if part is None:
-        part = PARTS[2] if stage and stage[1] == "round" else PARTS[3]
-    else:
-        part = {"writing": PARTS[0], "trials": PARTS[1], "accuracy": PARTS[3]}[part]
-    return f"{stage[1]} {stage[2]}" if stage else OTHERS, part
+def _stage_and_part(name: str) -> tuple[str, str]:
+    """Stage and part of a step, from the name that the loop gives it."""
+    step = Step.parse(name)
+    if step is None:
+        return BASELINE, PARTS[3]
+    phase = step.phase
+    stage = phase.stage if phase.stage == BASELINE else f"{phase.stage} {phase.round}"
+    ends_round = PARTS[2] if phase.stage == ROUND else PARTS[3]
+    return stage, {"writing": PARTS[0], "trials": PARTS[1], "accuracy": PARTS[3], "": ends_round}[step.part]
 
 
 def _stage_order(stage: str) -> tuple[int, int]:
-    kind, _, number = stage.partition(" ")
-    return (int(number), int(kind == "evaluation")) if number else (-1, 0)
+    phase = Phase.parse(stage)
+    return (-1, 0) if phase.stage == BASELINE else (phase.round, int(phase.stage == EVALUATION))

@@ -14,7 +14,7 @@ from typing import Any
 from seal_engine.domains.few_shot.puzzle_picture import saved
 from seal_engine.files import replace_file
 from seal_engine.loop.ledger import Ledger
-from seal_engine.loop.restem import TOGETHER, WRITTEN
+from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS
 from seal_engine.loop.settings import defaults_of
 from seal_engine.report.data import PARTS, RunData, deviation, mean
 from seal_engine.report.html import (
@@ -46,7 +46,7 @@ ABOUT = {  # picture -> in words, and what is below it
     ),
     "kept": (
         "Histograms of rewards and lengths of self-edits by round.",
-        "A reward is the mean accuracy of the adapters trained on a self-edit. Those that were refused have none.",
+        "A reward is the mean accuracy of the adapters trained on a self-edit. Rejected self-edits have none.",
     ),
     "time": ("Time by stage and part.", "Shares are of the whole run."),
     "puzzles": (
@@ -83,7 +83,10 @@ def _draw(data: RunData) -> dict[str, bytes] | None:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
         return None
-    written = {m: {r: list(found.values()) for r, found in data.by_round(m).items()} for m in (WRITTEN, TOGETHER)}
+    written = {
+        m: {r: list(found.values()) for r, found in data.by_round(m).items()}
+        for m in (SELF_EDITS, CONTINUED_PRETRAINING)
+    }
     return draw(written, data.baselines, data.pairs, data.rounds, data.seconds_by_stage)
 
 
@@ -109,17 +112,17 @@ def _page(data: RunData, measured: Sequence[tuple[str, Sequence[float]]], pictur
 def _headline(data: RunData) -> str:
     """Whether the run is over, and what it came to."""
     lines = []
-    if not data.units:
+    if not data.steps:
         lines.append("The run has just begun: nothing has been finished yet.")
     else:
-        last = data.units[-1]
+        last = data.steps[-1]
         if data.done is not None and data.done[0] == data.done[1]:
             lines.append("The run is over.")
         elif data.done is not None:
             lines.append(f"The run is not over: {data.done[0]} of {data.done[1]} rounds and evaluations are done.")
         lines.append(f"Last recorded: {text(last.name)}, at {date(last.finished)}.")
     if data.pairs is not None:
-        by_round, seeds = data.by_round(WRITTEN), data.pairs.seeds
+        by_round, seeds = data.by_round(SELF_EDITS), data.pairs.seeds
         before, after = (fmean(by_round[r][seed] for seed in seeds) for r in (0, data.pairs.last))
         lines.append(
             f"Self-edits on held-out contexts, {_seeds(seeds)}: <strong>{percent(before)}%</strong> before any round, "
@@ -139,8 +142,8 @@ def _what_was_run(data: RunData) -> str:
         ("model", str(config.get("model") or "not named")),
         ("seeds", ", ".join(map(str, config["seeds"])) if isinstance(config.get("seeds"), list) else "not named"),
         ("begun", date(data.started)),
-        ("last recorded", date(data.units[-1].finished) if data.units else "nothing"),
-        ("time at work", duration(sum(unit.seconds for unit in data.units))),
+        ("last recorded", date(data.steps[-1].finished) if data.steps else "nothing"),
+        ("time at work", duration(sum(step.seconds for step in data.steps))),
         ("adapters trained", f"{len(adapters):,}, and {updates} policy updates"),
         ("tokens trained on", f"{tokens:,} by adapters, all epochs together"),
         ("tokens written", f"{sum(len(edit.token_ids) for edit in edits):,} in {len(edits):,} self-edits"),
@@ -215,9 +218,9 @@ def _kept(data: RunData) -> str:
             kept, others = len(one.kept_tokens), len(one.other_tokens)
             lengths = (f"{median(own):g}" if own else NONE for own in (one.kept_tokens, one.other_tokens))
             rewards = (mean(own) for own in (one.base, one.kept_rewards + one.other_rewards, one.kept_rewards))
-            counts = (one.number, kept + others + one.refused, one.refused, kept)
+            counts = (one.number, kept + others + one.rejected, one.rejected, kept)
             lines.append((*map(str, counts), *map(percent, rewards), *lengths))
-        heads = ("round", "self-edits", "refused", "kept", "no adapter", "reward", "reward, kept", "tokens, kept",
+        heads = ("round", "self-edits", "rejected", "kept", "no adapter", "reward", "reward, kept", "tokens, kept",
                  "tokens, not kept")  # fmt: skip
         parts.append(table(heads, lines, range(9)))
         parts.append('<p class="note">Over all seeds: mean accuracy and rewards in percent, median tokens.</p>\n')
@@ -230,7 +233,7 @@ def _kept(data: RunData) -> str:
     else:
         parts.append("<p>No round has been finished.</p>")
     failures = {reason: Counter({"": count}) for reason, count in data.failures.most_common()}
-    for title, counts in (("Self-edits that were refused", data.refusals), ("Trials that failed", failures)):
+    for title, counts in (("Rejected self-edits", data.rejections), ("Trials that failed", failures)):
         if counts:
             lines = [
                 (cut(reason, 200), str(own.total()), "; ".join(f"{phase}: {n}" for phase, n in own.items() if phase))
@@ -265,10 +268,10 @@ def _examples(data: RunData) -> str:
 def _example(data: RunData, seed: int, phase: str, context: str) -> str:
     """The first self-edit that was trained on, and what its first adapter answered."""
     edits = {edit.index: edit for edit in data.edits[seed, phase] if edit.context == context}
-    trial = next((t for t in data.trials[seed, f"{phase}, {WRITTEN}"] if t.context == context), None)
+    trial = next((t for t in data.trials[seed, f"{phase}, {SELF_EDITS}"] if t.context == context), None)
     if trial is None:
-        refused = [f"<p>Refused: {text(cut(e.refused or '', 200))}</p>{_written(e.text)}" for e in edits.values()]
-        return refused[0] if refused else "<p>Nothing was written.</p>"
+        rejected = [f"<p>Rejected: {text(cut(e.rejected or '', 200))}</p>{_written(e.text)}" for e in edits.values()]
+        return rejected[0] if rejected else "<p>Nothing was written.</p>"
     edit = edits.get(trial.index)
     written = "" if edit is None else f'<p class="note">{len(edit.token_ids)} tokens</p>{_written(edit.text)}'
     if trial.error is not None:
@@ -281,7 +284,7 @@ def _example(data: RunData, seed: int, phase: str, context: str) -> str:
 
 
 def _cost(data: RunData) -> str:
-    if not data.units:
+    if not data.steps:
         return "<p>Nothing has been finished yet.</p>"
     stages = data.seconds_by_stage
     lines = [(stage, [own[part] for part in PARTS]) for stage, own in stages.items()]

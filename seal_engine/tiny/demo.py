@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
-from seal_engine.loop.domain import Writer
+from seal_engine.loop.domain import SelfEditSource
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.tiny import MODEL
 from seal_engine.tiny.world import ORACLE, TEMPLATES, World, WorldPassage, write
@@ -62,5 +62,5 @@ def make_miniature(config: KnowledgeConfig, engine: Engine) -> Knowledge:
         people = (domain.passages[context] for context in contexts)
         return [[write(ORACLE, one, random.Random(one.title))] for one in people if isinstance(one, WorldPassage)]
 
-    domain.add_writer(BEST_STYLE, Writer(best_style))
+    domain.add_source(BEST_STYLE, SelfEditSource(best_style))
     return domain

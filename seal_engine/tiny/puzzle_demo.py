@@ -3,7 +3,7 @@
 from seal_engine.domains.few_shot.directive import OUTPUT_TOKENS, Directive
 from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.engine import Engine
-from seal_engine.loop.domain import Writer
+from seal_engine.loop.domain import SelfEditSource
 from seal_engine.tiny.puzzles import PROMPT, PUZZLE_MODEL, SELF_EDIT, Puzzles
 from seal_engine.types import require
 
@@ -38,9 +38,9 @@ PUZZLE_MINIATURE = {
     "targets": ("all-linear",),
     "lr_scheduler": "linear",
     "warmup_steps": 0,
-    "most_tasks": 16,
-    "most_steps": 16,
-    "most_sequence_tokens": 96,
+    "max_tasks": 16,
+    "max_steps": 16,
+    "max_sequence_tokens": 96,
     "recolour": False,
     "leave": (2,),
     "vote_leave": 0,
@@ -60,5 +60,5 @@ def make_puzzle_miniature(config: FewShotConfig, engine: Engine) -> FewShot:
     train, held_out = puzzles.puzzles("train", TRAIN_PUZZLES), puzzles.puzzles("heldout", HELD_OUT_PUZZLES)
     domain = FewShot(config, engine, train, held_out)
     both = [PLAIN.to_json(), TURNED.to_json()]
-    domain.add_writer(BEST_OF_TWO, Writer(lambda contexts, _: [both] * len(contexts), best=True))
+    domain.add_source(BEST_OF_TWO, SelfEditSource(lambda contexts, _: [both] * len(contexts), aggregate="max"))
     return domain

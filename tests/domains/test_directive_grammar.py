@@ -27,7 +27,7 @@ DIRECTIVES = st.builds(
     Directive, *[st.booleans()] * 4, st.sampled_from(STRATEGIES), st.floats(1e-99, 1), st.integers(1, 375)
 )
 TEXT = Directive(True, False, True, False, STRATEGIES[1], 1e-4, 2).to_json()
-WRITTEN = [TEXT.replace("0.0001", rate) for rate in ("1e-4", "1e-04", "0.00010", "1.0e-4", "9.99e-01", "1", "1.000")]
+SELF_EDITS = [TEXT.replace("0.0001", rate) for rate in ("1e-4", "1e-04", "0.00010", "1.0e-4", "9.99e-01", "1", "1.000")]
 
 
 @st.composite
@@ -38,7 +38,7 @@ def vocabularies(draw):
     return draw(st.permutations(words))
 
 
-CUT = st.one_of(DIRECTIVES.map(Directive.to_json), st.sampled_from(WRITTEN))
+CUT = st.one_of(DIRECTIVES.map(Directive.to_json), st.sampled_from(SELF_EDITS))
 
 
 def grammar(words, max_tokens=400):
@@ -92,7 +92,7 @@ def sentence_pieces():
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=special, show_progress=False)
-    backend.train_from_iterator([TEXT.replace("{", ""), *WRITTEN[:2]] * 2, trainer)
+    backend.train_from_iterator([TEXT.replace("{", ""), *SELF_EDITS[:2]] * 2, trainer)
     spelt = json.loads(backend.to_str())
     for i in range(256):
         spelt["model"]["vocab"][f"<0x{i:02X}>"] = len(spelt["model"]["vocab"])

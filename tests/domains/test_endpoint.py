@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from seal_engine import InputError
-from seal_engine.domains import endpoint as module
+from seal_engine.domains.knowledge import endpoint as module
 from seal_engine.domains.knowledge.endpoint import Endpoint, Reply, complete, count_errors
 from seal_engine.domains.knowledge.grading import make_grader
 

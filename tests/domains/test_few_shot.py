@@ -1,4 +1,4 @@
-"""The few-shot task: directives become jobs or are refused, questions become votes, votes become grades."""
+"""The few-shot task: directives become jobs or are rejected, questions become votes, votes become grades."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 from seal_engine.domains.few_shot.arc import Example, Task
 from seal_engine.domains.few_shot.directive import ALL_TOKENS, OUTPUT_TOKENS, Directive
 from seal_engine.domains.few_shot.task import FewShot, FewShotConfig
-from seal_engine.loop.domain import RefusedError
+from seal_engine.loop.domain import InvalidSelfEditError
 from seal_engine.model.tokenizer import Tokenizer
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.tiny import MODEL
@@ -49,21 +49,21 @@ def test_a_directive_decides_the_job():
         answer = [t for t, m in zip(sequence.token_ids, sequence.loss_mask, strict=True) if m]
         assert domain.form.read_answer(ENGINE.tokenizer.decode(answer)) in [e.output for e in EXAMPLES[:3]]
     assert len(domain.job(CONTEXT, directive(basic=True)).sequences) > 12
-    assert len(few_shot(most_tasks=5).job(CONTEXT, directive()).sequences) == 5
+    assert len(few_shot(max_tasks=5).job(CONTEXT, directive()).sequences) == 5
 
 
 @pytest.mark.parametrize(
-    ("text", "reason", "final"),
+    ("text", "reason", "retryable"),
     [
-        ("no idea", "JSON", False),
-        (directive().replace("0.0001", "-1"), "learning_rate", True),
-        (directive(epochs=300), "300 epochs x 12 tasks / 2 are 1800 steps", True),
+        ("no idea", "JSON", True),
+        (directive().replace("0.0001", "-1"), "learning_rate", False),
+        (directive(epochs=300), "300 epochs x 12 tasks / 2 are 1800 steps", False),
     ],
 )
-def test_refused(text, reason, final):
-    with pytest.raises(RefusedError, match=reason) as caught:
+def test_rejected(text, reason, retryable):
+    with pytest.raises(InvalidSelfEditError, match=reason) as caught:
         few_shot().job(CONTEXT, text)
-    assert caught.value.final == final
+    assert caught.value.retryable == retryable
 
 
 def answers(domain, solve):
@@ -100,14 +100,14 @@ def all_turned(grid):
     return made
 
 
-def test_writers():
+def test_sources():
     fixed = directive()
     domain = few_shot(fixed_directive=fixed, grid_learning_rates=(1e-4, 1e-3), grid_epochs=(1, 2, 4))
-    found = {name: writer.write(["a", "b"], SamplingParams()) for name, writer in domain.writers().items()}
+    found = {name: writer.write(["a", "b"], SamplingParams()) for name, writer in domain.sources().items()}
     assert found["fixed directive"] == [[fixed], [fixed]]
     assert [len(set(texts)) for texts in found["best directive of a grid"]] == [16 * 2 * 2 * 3] * 2
-    assert domain.writers()["best directive of a grid"].best
-    assert few_shot().writers() == {}
+    assert domain.sources()["best directive of a grid"].aggregate == "max"
+    assert few_shot().sources() == {}
 
 
 def test_puzzles_need_solutions():

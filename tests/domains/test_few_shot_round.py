@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_tiny import run_command
 
+from command import run_command
 from seal_engine import Engine
 from seal_engine.domains.few_shot.task import FewShot, FewShotConfig
-from seal_engine.loop.domain import RefusedError
+from seal_engine.loop.domain import InvalidSelfEditError
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.settings import make
 from seal_engine.tiny.puzzles import PROMPT, PUZZLE_MODEL, SELF_EDIT
@@ -34,13 +34,13 @@ SETTINGS = {
     "keep": "best",
     "keep_reward": 0.0,
     "rank": 16,
-    "most_tasks": 2,
-    "most_steps": 4,
-    "most_sequence_tokens": 290,
+    "max_tasks": 2,
+    "max_steps": 4,
+    "max_sequence_tokens": 290,
     "vote_leave": 0,
     "vote_orders": 1,
     "answer_tokens": 20,
-    "trials_a_unit": 30,
+    "trials_per_step": 30,
 }
 COMMAND = ["run", "few-shot", *(f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items())]
 COMMAND += ["--grammar", "--no-vote-transforms", "--quiet", "--out"]
@@ -73,7 +73,7 @@ def test_a_round_of_the_published_tasks(tmp_path):
     assert run_command("resume", tmp_path / "run", "--quiet").wait() == 0
     assert whole.wait() == 0
     with Ledger.read(tmp_path / "run") as ledger, Ledger.read(tmp_path / "whole") as uninterrupted:
-        assert ledger.contents() == uninterrupted.contents()
+        assert ledger.snapshot() == uninterrupted.snapshot()
         account(ledger)
 
 
@@ -81,7 +81,7 @@ def chosen(domain, edit):
     """The job that a self-edit chooses, or why nothing can be trained."""
     try:
         return domain.job(edit.context, edit.text), None
-    except RefusedError as error:
+    except InvalidSelfEditError as error:
         return None, str(error)
 
 
@@ -98,11 +98,11 @@ def account(ledger):
         assert json.loads(edit.text), "with the grammar it is a directive, at once"
         assert edit.attempts == 1
         job, reason = chosen(domain, edit)
-        assert edit.refused == reason
+        assert edit.rejected == reason
         if job is None:
             assert trial.error == reason
             assert (trial.num_steps, trial.num_tokens, trial.answers, trial.grades) == (0, 0, (), ())
-            counts["refused"] += 1
+            counts["rejected"] += 1
             continue
         if trial.error is not None:
             assert "diverged" in trial.error
@@ -113,16 +113,16 @@ def account(ledger):
         assert [list(trial.grades)] == domain.grade([(trial.context, trial.answers)])
         counts["trained"] += 1
         counts["solved"] += all(trial.grades)
-    assert counts["refused"] + counts["failed"] + counts["trained"] == len(keys)
+    assert counts["rejected"] + counts["failed"] + counts["trained"] == len(keys)
     assert counts["trained"] >= TASKS
     (written,) = ledger.metrics("seed 0, round 1, writing")
     (measured,) = ledger.metrics("seed 0, round 1, accuracy")
-    assert (written["self_edits"], written["refused"]) == (len(keys), counts["refused"])
-    assert [measured[name] for name in ("trials", "contexts", "refused", "failed", "ungraded")] == [
-        len(keys), TASKS, counts["refused"], counts["failed"], 0,
+    assert (written["self_edits"], written["rejected"]) == (len(keys), counts["rejected"])
+    assert [measured[name] for name in ("trials", "contexts", "rejected", "failed", "ungraded")] == [
+        len(keys), TASKS, counts["rejected"], counts["failed"], 0,
     ]  # fmt: skip
     (policy,) = ledger.policies()
-    trainable = {edit.context for edit in edits if edit.refused is None}
+    trainable = {edit.context for edit in edits if edit.rejected is None}
     assert [context for context, _ in policy.kept] == sorted(trainable)
     assert policy.num_steps == ledger.config["policy_epochs"] * -(-len(policy.kept) // 5)
     assert engine.load_adapter(ledger.directory / policy.path).config.r == 16

@@ -13,9 +13,12 @@ from seal_engine.domains.knowledge.results import completion_stats, select
 from seal_engine.domains.knowledge.seal_files import read_result, write_result
 from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
 from seal_engine.domains.templating import fill
-from seal_engine.loop.domain import LoopConfig, RefusedError
-from seal_engine.loop.ledger import Ledger, SelfEdit, Trial
+from seal_engine.loop.config import LoopConfig
+from seal_engine.loop.domain import InvalidSelfEditError
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.records import SelfEdit, Trial
 from seal_engine.loop.restem import ReSTEM
+from seal_engine.loop.selection import rewards_of
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.types import InputError
 
@@ -99,7 +102,7 @@ def test_jobs():
     job = plain.job(context, "one\n\ntwo\n")
     assert (job.sequences, job.append_eos, job.lora.target_modules) == (["one"], True, "all-linear")
     assert knowledge(split_newlines=False).job(context, "one\ntwo").sequences[0] == "Title 1\none\ntwo"
-    with pytest.raises(RefusedError, match="no text"):
+    with pytest.raises(InvalidSelfEditError, match="no text"):
         domain.job(context, " \n---\n ")
 
 
@@ -123,7 +126,7 @@ def test_grades_go_where_they_belong():
 def test_self_edits_from_a_file(tmp_path):
     known = [replace(PASSAGES[4], completions=("first", "second")), replace(PASSAGES[0], context="another text")]
     domain = knowledge(self_edits_file=data_file(tmp_path, known))
-    written = domain.writers()["file"].write(domain.contexts("held out"), SamplingParams())
+    written = domain.sources()["file"].write(domain.contexts("held out"), SamplingParams())
     assert written == [("first", "second"), ()]
 
 
@@ -174,7 +177,7 @@ def test_the_best_are_those_that_the_published_rule_keeps(tmp_path):
                 trials.append(Trial(*row))
     with Ledger.open(tmp_path / "run", {}) as ledger:
         ledger.finish("unit", self_edits=edits, trials=trials)
-        kept = ReSTEM(ENGINE, knowledge(), LoopConfig(), ledger).select(1)
+        kept = ReSTEM(ENGINE, knowledge(), LoopConfig(), ledger).select(1, rewards_of(trials))
     published = [json.loads(line) for line in (SEAL / "sft_best1of5_iter0.jsonl").read_text().splitlines()]
     assert [edit.text.strip() for edit in kept] == [row["completion"].strip() for row in published]
 
@@ -209,7 +212,7 @@ def test_self_edits_from_an_endpoint(monkeypatch, caplog):
     settings = {"endpoint": "http://localhost:1/v1", "endpoint_model": "m", "endpoint_key_variable": ""}
     domain = knowledge(endpoint_self_edits=2, **settings)
     params = SamplingParams(temperature=0.3, top_p=0.5, max_tokens=40)
-    assert domain.writers()["endpoint"].write(domain.contexts("held out"), params) == [["fact", None]] * 2
+    assert domain.sources()["endpoint"].write(domain.contexts("held out"), params) == [["fact", None]] * 2
     assert asked == [("m", {"top_p": 0.5}, 4, 40, 0.3)]
     assert caplog.messages == ["2 of 4 self-edits could not be had: HTTP 500"]
 

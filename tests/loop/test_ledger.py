@@ -24,38 +24,40 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_engine import InputError
-from seal_engine.loop.ledger import DATABASE, LOCK, METRICS, SCHEMA_VERSION, Ledger, Policy, SelfEdit, Trial
+from seal_engine.loop.database import SCHEMA_VERSION
+from seal_engine.loop.ledger import DATABASE, LOCK, METRICS, Ledger
+from seal_engine.loop.records import PolicyUpdate, SelfEdit, Trial
 
 CONFIG = {"seeds": [0, 1], "lora": {"r": 32, "targets": ["q_proj", "v_proj"]}, "learning_rate": 1e-3}
 EDIT = SelfEdit(0, "round 1", "Käse", 2, "A fact.\n---\nAnother.", (5, 3, 8), 7, 2, None)
 TRIAL = Trial(0, "round 1", "Käse", 2, 1, 11, 10, 430, 0.1 + 0.2, None, ("yes", "no"), (1.0, None), 2.5)
-POLICY = Policy(0, 1, "policies/seed-0-round-1", (("Käse", 2), ("b", 0)), 20, 0.5, 60.0)
-UNITS = 60
+POLICY = PolicyUpdate(0, 1, "policies/seed-0-round-1", (("Käse", 2), ("b", 0)), 20, 0.5, 60.0)
+STEPS = 60
 
 
 def work(directory: Path) -> None:
-    """A run as the outer loop does it: units of self-edits, trials and policies, all following from their numbers."""
+    """A run as the outer loop does it: steps of self-edits, trials and policies, all following from their numbers."""
     with Ledger.open(directory, CONFIG) as ledger:
-        for n in range(UNITS):
-            unit, draw = f"unit {n}", random.Random(n)
-            if ledger.finished(unit):
+        for n in range(STEPS):
+            step, draw = f"step {n}", random.Random(n)
+            if ledger.finished(step):
                 continue
             if n % 5 == 4:
                 final = ledger.policy_directory(0, n)
                 ledger.replace_directory(final, lambda path, n=n: [(path / f"{i}").write_text(f"{n}") for i in "ab"])
                 path = str(final.relative_to(ledger.directory))
                 policy = replace(POLICY, round=n, path=path, final_loss=draw.random(), seconds=time.monotonic())
-                ledger.finish(unit, policy=policy)
+                ledger.finish(step, policy=policy)
             else:
-                edits = [replace(EDIT, phase=unit, index=i, text="x" * draw.randrange(9000)) for i in range(3)]
+                edits = [replace(EDIT, phase=step, index=i, text="x" * draw.randrange(9000)) for i in range(3)]
                 trials = [
-                    replace(TRIAL, phase=unit, index=i, final_loss=draw.choice([draw.random(), math.nan, None]))
+                    replace(TRIAL, phase=step, index=i, final_loss=draw.choice([draw.random(), math.nan, None]))
                     for i in range(3)
                 ]
                 metrics = {"accuracy": draw.random(), "loss": math.nan, "n": n, "tokens_per_second": time.monotonic()}
-                ledger.finish(unit, self_edits=edits, trials=trials, metrics=metrics if n % 3 else None)
+                ledger.finish(step, self_edits=edits, trials=trials, metrics=metrics if n % 3 else None)
             with (directory.parent / f"{directory.name} acknowledged").open("a") as stream:
-                stream.write(f"{unit}\n")
+                stream.write(f"{step}\n")
 
 
 def forked(function: Callable[[], object]) -> int:
@@ -86,16 +88,16 @@ def check_whole(directory: Path) -> None:
     acknowledged = directory.parent / f"{directory.name} acknowledged"
     if acknowledged.exists():
         with Ledger.read(directory) as ledger:
-            units = acknowledged.read_text().splitlines()
-            assert all(map(ledger.finished, units))
-            assert len(set(units)) == len(units)
+            steps = acknowledged.read_text().splitlines()
+            assert all(map(ledger.finished, steps))
+            assert len(set(steps)) == len(steps)
             assert all((directory / policy.path / "b").exists() for policy in ledger.policies() if policy.path)
 
 
 def assert_equal_runs(directory: Path, other: Path) -> None:
     with Ledger.read(directory) as ledger, Ledger.read(other) as reference:
-        assert ledger.contents() == reference.contents()
-        assert len(ledger.contents()["units"]) == UNITS
+        assert ledger.snapshot() == reference.snapshot()
+        assert len(ledger.snapshot()["steps"]) == STEPS
     assert lines(directory) == lines(other)
     with Ledger.open(directory, CONFIG) as ledger:
         assert (directory / METRICS).read_text() == "".join(json.dumps(entry) + "\n" for entry in ledger.metrics())
@@ -190,7 +192,7 @@ FULL_CONTENTS = {"self_edits": [EDIT], "trials": [TRIAL], "policy": POLICY, "met
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory with one finished unit, "one", that nobody holds."""
+    """A run directory with one finished step, "one", that nobody holds."""
     with Ledger.open(tmp_path / "run", CONFIG) as ledger:
         ledger.finish("one", **FULL_CONTENTS)
     return tmp_path / "run"
@@ -202,9 +204,9 @@ def assert_intact(directory: Path) -> None:
         assert ledger.self_edits() == [EDIT]
         assert ledger.trials() == [TRIAL]
         assert ledger.policies() == [POLICY]
-        assert [entry["unit"] for entry in ledger.metrics()] == ["one"]
+        assert [entry["step"] for entry in ledger.metrics()] == ["one"]
         ledger.finish("after", metrics={"accuracy": 1})
-        assert [entry["unit"] for entry in lines(directory)] == ["one", "after"]
+        assert [entry["step"] for entry in lines(directory)] == ["one", "after"]
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -227,8 +229,8 @@ def test_a_ledger(run):
         assert ledger.trials(seed=0, phase="round 2") == []
         assert ledger.self_edits(seed=0, phase="round 1") == [EDIT]
         assert ledger.policies(1) == []
-        contents = ledger.contents()
-    assert contents["units"] == {"one": {"accuracy": 0.5, "note": "ok"}, "two": {}}
+        contents = ledger.snapshot()
+    assert contents["steps"] == {"one": {"accuracy": 0.5, "note": "ok"}, "two": {}}
     trial = asdict(TRIAL)
     del trial["seconds"]
     assert contents["trials"][0] == json.loads(json.dumps(trial))
@@ -240,9 +242,9 @@ def test_a_ledger(run):
 
 def test_tables_for_people(run):
     with closing(sqlite3.connect(run / DATABASE)) as connection:
-        query = "SELECT unit, units.seconds >= 0, finished, trials.context, trials.final_loss FROM trials"
-        [(unit, timed, finished, context, loss)] = connection.execute(f"{query} JOIN units USING (unit)")
-        assert (unit, timed, context, loss) == ("one", 1, "Käse", TRIAL.final_loss)
+        query = "SELECT step, steps.seconds >= 0, finished, trials.context, trials.final_loss FROM trials"
+        [(step, timed, finished, context, loss)] = connection.execute(f"{query} JOIN steps USING (step)")
+        assert (step, timed, context, loss) == ("one", 1, "Käse", TRIAL.final_loss)
         assert finished.endswith("+00:00")
         query = "SELECT answer.value FROM trials, json_each(trials.answers) AS answer"
         assert connection.execute(query).fetchall() == [("yes",), ("no",)]
@@ -270,8 +272,8 @@ def test_nan_and_none(run):
         assert repr(ledger.policies()[1].final_loss) == "nan"
         [entry] = ledger.metrics("three")
         assert repr({name: entry[name] for name in values}) == repr(values)
-        assert ledger.contents()["units"]["three"]["nan"] == "NaN"
-    assert lines(run)[1] == {"unit": "three", **values, "nan": "NaN", "infinity": "-Infinity"}
+        assert ledger.snapshot()["steps"]["three"]["nan"] == "NaN"
+    assert lines(run)[1] == {"step": "three", **values, "nan": "NaN", "infinity": "-Infinity"}
     with closing(sqlite3.connect(run / DATABASE)) as connection:
         assert connection.execute("SELECT count(final_loss) FROM trials").fetchone() == (3,)
 
@@ -292,22 +294,22 @@ def test_records_come_back(tmp_path, data):
         data.draw(st.lists(TEXTS).map(tuple)), data.draw(st.lists(st.none() | st.floats()).map(tuple)), 1e-300,
     )  # fmt: skip
     kept = data.draw(st.lists(st.tuples(TEXTS, INTEGERS)).map(tuple))
-    policy = Policy(*integers, optional, kept, 0, data.draw(st.none() | FLOATS), 0.1)
-    names = TEXTS.filter(lambda name: name not in ("unit", "finished"))
+    policy = PolicyUpdate(*integers, optional, kept, 0, data.draw(st.none() | FLOATS), 0.1)
+    names = TEXTS.filter(lambda name: name not in ("step", "finished"))
     metrics = data.draw(st.dictionaries(names, st.none() | TEXTS | INTEGERS | st.floats(), min_size=1, max_size=5))
-    unit = data.draw(TEXTS)
+    step = data.draw(TEXTS)
     directory = Path(tempfile.mkdtemp(dir=tmp_path))
     with Ledger.open(directory, {}) as ledger:
-        ledger.finish(unit, self_edits=[edit], trials=[trial], policy=policy, metrics=metrics)
-        assert ledger.finished(unit)
-        contents = ledger.contents()
+        ledger.finish(step, self_edits=[edit], trials=[trial], policy=policy, metrics=metrics)
+        assert ledger.finished(step)
+        contents = ledger.snapshot()
     with Ledger.open(directory, {}) as ledger:
         for found in (ledger.self_edits(edit.seed, edit.phase), ledger.trials(), ledger.policies()):
             assert repr(found) in (repr([edit]), repr([trial]), repr([policy]))
-        [entry] = ledger.metrics(unit)
+        [entry] = ledger.metrics(step)
         del entry["finished"]
-        assert repr(entry) == repr({"unit": unit, **metrics})
-        assert json.dumps(ledger.contents()) == json.dumps(contents)
+        assert repr(entry) == repr({"step": step, **metrics})
+        assert json.dumps(ledger.snapshot()) == json.dumps(contents)
         assert repr(json.loads((directory / METRICS).read_text())) == repr({**ledger.metrics()[0]})
 
 
@@ -338,23 +340,23 @@ def test_equal_configs(tmp_path):
 @pytest.mark.parametrize(
     ("again", "message"),
     [
-        ({"unit": "one"}, "unit str 'one' is finished; accepted: each unit once"),
+        ({"step": "one"}, "step str 'one' is finished; accepted: each step once"),
         ({"trials": [replace(TRIAL, index=9), TRIAL]}, r"trials\.index.*found Trial\(seed=0, phase='round 1'"),
         ({"policy": replace(POLICY, seconds=None)}, r"NOT NULL constraint failed: policies\.seconds"),
         ({"self_edits": [replace(EDIT, index=9, sampling_seed=2**63)]}, "sampling_seed: found 9223372036854775808"),
         ({"trials": [replace(TRIAL, index=9, grades=(1j,))]}, "grades: found tuple .*complex"),
         ({"metrics": {"tensor": object()}}, "tensor: found <object"),
-        ({"metrics": {"unit": 1}}, "metrics: found 'unit'"),
+        ({"metrics": {"step": 1}}, "metrics: found 'step'"),
     ],
 )
-def test_refused_units(run, again, message):
+def test_rejected_steps(run, again, message):
     with Ledger.open(run, CONFIG) as ledger:
-        before = ledger.contents()
+        before = ledger.snapshot()
         with pytest.raises(InputError, match=message):
             ledger.finish(
-                again.pop("unit", "two"), self_edits=again.pop("self_edits", [replace(EDIT, seed=5)]), **again
+                again.pop("step", "two"), self_edits=again.pop("self_edits", [replace(EDIT, seed=5)]), **again
             )
-        assert ledger.contents() == before
+        assert ledger.snapshot() == before
     assert_intact(run)
 
 
@@ -500,7 +502,7 @@ def test_files_cannot_grow(run):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_metrics_cannot_grow(tmp_path):
-    """The unit is finished all the same, and the file is brought in line later."""
+    """The step is finished all the same, and the file is brought in line later."""
     with Ledger.open(tmp_path / "run", CONFIG) as ledger:
         file = tmp_path / "run" / METRICS
         file.unlink()
@@ -510,7 +512,7 @@ def test_metrics_cannot_grow(tmp_path):
         assert ledger.finished("one")
         file.unlink()
         ledger.finish("two", metrics={"accuracy": 1})
-        assert [entry["unit"] for entry in lines(tmp_path / "run")] == ["one", "two"]
+        assert [entry["step"] for entry in lines(tmp_path / "run")] == ["one", "two"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "half a line", "a line too many", "other"])
@@ -552,7 +554,7 @@ def test_newer_schema(run):
         connection.execute("UPDATE run SET schema_version = schema_version + 1")
     before = snapshot(run)
     for opened in (lambda: Ledger.read(run), lambda: Ledger.open(run, CONFIG)):
-        with pytest.raises(InputError, match=r"schema_version: found 2; accepted: 1, or a newer seal_engine"):
+        with pytest.raises(InputError, match=r"schema_version: found 3; accepted: 1 to 2, or a newer seal_engine"):
             opened()
     assert before[DATABASE] == snapshot(run)[DATABASE]
     with closing(sqlite3.connect(run / DATABASE, isolation_level=None)) as connection:

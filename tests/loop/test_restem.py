@@ -5,131 +5,29 @@ The toy policy writes "good" or "bad"; an adapter trained on "good" answers righ
 """
 
 import os
-import random
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 
 import pytest
 
-from seal_engine.loop.domain import Attempt, LoopConfig, RefusedError, Writer
-from seal_engine.loop.ledger import Ledger, Trial
-from seal_engine.loop.restem import ReSTEM, RunError, UngradedError, mean_accuracy
-from seal_engine.sampling.requests import Completion, RequestOutput, SamplingParams
+from seal_engine.loop.config import LoopConfig
+from seal_engine.loop.domain import InvalidSelfEditError, RunError, SelfEditSource, UngradedError
+from seal_engine.loop.inner import mean_accuracy
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.records import Trial
 from seal_engine.training.jobs import TrainJob, TrainResult
 from seal_engine.types import InputError
+from toy_loop import CONFIG, ToyDomain, ToyEngine, run
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["good", "bad", "refuse me"]
-
-
-@dataclass(eq=False)
-class ToyAdapter:
-    text: str
-
-    def save(self, directory):
-        (Path(directory) / "adapter.txt").write_text(self.text)
-
-
-class ToyEngine:
-    """Answers as the texts that it was trained on say."""
-
-    def __init__(self):
-        self.merged = []
-        self.trained = []
-        self.stop_token_ids = (9,)
-        self.config = SimpleNamespace(max_position_embeddings=2000)
-        self.inputs = SimpleNamespace(token_ids=lambda prompt, name: list(map(ord, prompt)))
-        self.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(map(ord, text)))
-
-    def train(self, jobs, progress):
-        self.trained.append(jobs)
-        results = []
-        for job in jobs:
-            texts = [s if isinstance(s, str) else "".join(map(chr, s.token_ids)) for s in job.sequences]
-            if any("diverge" in text for text in texts):
-                results.append(TrainResult(None, [1.0], 1, "step 1: the loss is nan; the adapter diverged", 3))
-            else:
-                results.append(TrainResult(ToyAdapter("|".join(texts)), [0.5, 0.25], 2, num_tokens=7))
-        return results
-
-    def generate(self, prompts, params, adapters, progress):
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        adapters = adapters if isinstance(adapters, list) else [adapters] * len(prompts)
-        outputs = []
-        for prompt, own, adapter in zip(prompts, params, adapters, strict=True):
-            if prompt.startswith("write"):
-                learned = "".join([*self.merged, adapter.text if adapter else ""]).count("good")
-                weights = [1 + 3 * learned, 2, 1]
-                text = random.Random(own.seed).choices(WORDS, weights)[0]
-            else:
-                text = "right" if adapter is not None and "good" in adapter.text else "wrong"
-            ids = [*map(ord, text), 9]
-            outputs.append(RequestOutput(prompt, [], [Completion(0, text, ids, "stop")]))
-        return outputs
-
-    def load_adapter(self, directory):
-        return ToyAdapter((directory / "adapter.txt").read_text())
-
-    def merge(self, adapter):
-        self.merged.append(adapter.text)
-
-    def reload(self):
-        self.merged = []
-
-
-class ToyDomain:
-    answer_params = SamplingParams(temperature=0)
-
-    def __init__(self, contexts=12, writers=None, grade=None):
-        self.count = contexts
-        self._writers = writers or {}
-        self.grade_one = grade or (lambda answer: float(answer == "right"))
-
-    def contexts(self, split):
-        return [f"{split} {i}" for i in range(self.count)]
-
-    def prompt(self, context):
-        return f"write {context}"
-
-    def logits_hook(self, max_tokens):
-        return None
-
-    def job(self, context, self_edit):
-        if "refuse" in self_edit:
-            raise RefusedError("no text")
-        return TrainJob([self_edit])
-
-    def questions(self, context):
-        return ["first?", "second?"]
-
-    def grade(self, answered):
-        return [[self.grade_one(answer) for answer in answers] for _, answers in answered]
-
-    def baselines(self):
-        return {"no adapter": lambda c: [Attempt(None, self.questions(c))]}
-
-    def writers(self):
-        return self._writers
-
-
-def run(directory, config, domain=None, engine=None):
-    domain, engine, said = domain or ToyDomain(), engine or ToyEngine(), []
-    config = replace(config, contexts=min(config.contexts, domain.count))
-    with Ledger.open(directory, {"toy": True}) as ledger:
-        ReSTEM(engine, domain, config, ledger, said.append).run()
-        return ledger.contents(), said, ledger
-
-
-CONFIG = LoopConfig(rounds=2, contexts=6, self_edits=3, repeats=2, resamples=1, trials_a_unit=4)
 
 
 def accuracies(contents):
-    return {name: unit["accuracy"] for name, unit in contents["units"].items() if "accuracy" in unit}
+    return {name: unit["accuracy"] for name, unit in contents["steps"].items() if "accuracy" in unit}
 
 
 def test_a_run_gets_better_by_its_rewards(tmp_path):
@@ -145,7 +43,7 @@ def test_a_run_gets_better_by_its_rewards(tmp_path):
     trained = [t for t in contents["trials"] if t["phase"] == "round 1"]
     assert len(edits) == 18
     assert len(trained) == 2 * len(edits)
-    refused = {(e["context"], e["index"]): e["refused"] for e in edits}
+    refused = {(e["context"], e["index"]): e["rejected"] for e in edits}
     assert any(refused.values())
     assert all(t["error"] == refused[t["context"], t["index"]] for t in trained)
 
@@ -165,7 +63,7 @@ def test_seeds_begin_from_the_checkpoint(tmp_path):
 
 def test_rewards_that_are_shuffled_choose_blindly(tmp_path):
     """With the control, what is kept is as good as what was written, over many contexts."""
-    wide = replace(CONFIG, rounds=1, contexts=200, self_edits=4, repeats=1, resamples=0, trials_a_unit=1000)
+    wide = replace(CONFIG, rounds=1, contexts=200, self_edits=4, repeats=1, resamples=0, trials_per_step=1000)
 
     def share(config):
         contents = run(tmp_path / f"{config.shuffle_rewards}", config, ToyDomain(200))[0]
@@ -184,7 +82,7 @@ class GivenDomain(ToyDomain):
         super().__init__(len(rewards))
         self.rewards = rewards
         texts = [[f"edit {i} {j}" for j in range(len(own))] for i, own in enumerate(rewards)]
-        self._writers = {"given": Writer(lambda contexts, _: texts[: len(contexts)])}
+        self._sources = {"given": SelfEditSource(lambda contexts, _: texts[: len(contexts)])}
 
 
 class GivenEngine(ToyEngine):
@@ -215,7 +113,7 @@ class GivenEngine(ToyEngine):
 )
 def test_rules_of_keeping(tmp_path, settings, expected):
     rewards = [[0.25, 0.75, 0.75], [0.5, 0.25], [0.0, 0.0]]
-    config = LoopConfig(rounds=1, repeats=1, writer="given", **settings)
+    config = LoopConfig(rounds=1, repeats=1, self_edit_source="given", **settings)
     domain = GivenDomain(rewards)
     domain.grade_one = lambda answer: 0.0 if answer in ("right", "wrong") else float(answer)
     contents, _, _ = run(tmp_path / "run", config, domain, GivenEngine(rewards))
@@ -254,25 +152,25 @@ def test_refused_self_edits_are_drawn_again_within_a_bound(tmp_path):
     contents, said, _ = run(tmp_path / "run", replace(CONFIG, rounds=1, contexts=40, resamples=2), ToyDomain(40))
     edits = [e for e in contents["self_edits"] if e["phase"] == "round 1"]
     assert {e["attempts"] for e in edits} == {1, 2, 3}
-    assert all(e["attempts"] == 3 for e in edits if e["refused"])
-    refused = sum(e["refused"] is not None for e in edits)
+    assert all(e["attempts"] == 3 for e in edits if e["rejected"])
+    refused = sum(e["rejected"] is not None for e in edits)
     assert 0 < refused < 10
-    assert f"seed 0, round 1: {refused} of 120 self-edits were refused" in said
+    assert f"seed 0, round 1: {refused} of 120 self-edits were rejected" in said
     kept = {tuple(key) for key in contents["policies"][0]["kept"]}
-    assert not kept & {(e["context"], e["index"]) for e in edits if e["refused"]}
+    assert not kept & {(e["context"], e["index"]) for e in edits if e["rejected"]}
 
 
 def test_what_is_refused_for_good_is_not_drawn_again(tmp_path):
     class Final(ToyDomain):
         def job(self, context, self_edit):
             if "refuse" in self_edit:
-                raise RefusedError("trains nothing", final=True)
+                raise InvalidSelfEditError("trains nothing", retryable=False)
             return TrainJob([self_edit])
 
     contents, _, _ = run(tmp_path / "run", replace(CONFIG, rounds=1, contexts=12), Final())
     edits = [e for e in contents["self_edits"] if e["phase"] == "round 1"]
     assert {e["attempts"] for e in edits} == {1}
-    assert {e["refused"] for e in edits} == {None, "trains nothing"}
+    assert {e["rejected"] for e in edits} == {None, "trains nothing"}
 
 
 def test_equal_jobs_are_trained_once(tmp_path):
@@ -288,7 +186,9 @@ def test_equal_jobs_are_trained_once(tmp_path):
 
 def test_one_adapter_for_all_contexts(tmp_path):
     engine = ToyEngine()
-    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=0, together=2, resamples=5), ToyDomain(4), engine)
+    contents, _, _ = run(
+        tmp_path / "run", LoopConfig(rounds=0, continued_pretraining=2, resamples=5), ToyDomain(4), engine
+    )
     joint = [job for jobs in engine.trained for job in jobs if len(job.sequences) > 1]
     assert [len(job.sequences) for job in joint] == [4 * 2]
     asked = [t for t in contents["trials"] if t["phase"].endswith("one adapter for all")]
@@ -306,7 +206,7 @@ def test_one_adapter_for_all_is_asked_by_those_whose_self_edits_were_refused(tmp
                     output.outputs[0].text = texts[prompt.removeprefix("write ")][i % 2]
             return outputs
 
-    config = LoopConfig(rounds=0, together=2, resamples=0)
+    config = LoopConfig(rounds=0, continued_pretraining=2, resamples=0)
     contents, _, _ = run(tmp_path / "run", config, ToyDomain(3), Written())
     asked = [t for t in contents["trials"] if t["phase"].endswith("one adapter for all")]
     assert [t["grades"] for t in asked] == [[1.0, 1.0]] * 3
@@ -316,9 +216,9 @@ def test_one_adapter_for_all_is_asked_by_those_whose_self_edits_were_refused(tmp
 
 
 def test_a_job_that_diverges_counts_as_wrong(tmp_path):
-    writer = Writer(lambda contexts, _: [["diverge", "good"] for _ in contexts])
-    config = LoopConfig(rounds=1, repeats=1, writer="given")
-    contents, said, _ = run(tmp_path / "run", config, ToyDomain(3, {"given": writer}))
+    source = SelfEditSource(lambda contexts, _: [["diverge", "good"] for _ in contexts])
+    config = LoopConfig(rounds=1, repeats=1, self_edit_source="given")
+    contents, said, _ = run(tmp_path / "run", config, ToyDomain(3, {"given": source}))
     failed = [t for t in contents["trials"] if t["error"]]
     assert failed
     assert all((t["answers"], t["grades"]) == ([], []) for t in failed)
@@ -330,8 +230,8 @@ def test_what_was_not_graded_is_left_out_and_said(tmp_path):
     grades = iter([None] + [1.0] * 10_000)
     domain = ToyDomain(20, grade=lambda answer: next(grades))
     contents, said, _ = run(tmp_path / "run", LoopConfig(rounds=0), domain)
-    assert contents["units"]["seed 0, no adapter, accuracy"]["ungraded"] == 1
-    assert contents["units"]["seed 0, no adapter, accuracy"]["accuracy"] == 1.0
+    assert contents["steps"]["seed 0, no adapter, accuracy"]["ungraded"] == 1
+    assert contents["steps"]["seed 0, no adapter, accuracy"]["accuracy"] == 1.0
     assert "seed 0, no adapter: 1.000, 1 answers without a grade" in said
 
 
@@ -344,9 +244,9 @@ def test_too_many_without_a_grade_stop_the_run_which_can_go_on(tmp_path):
 
 def test_a_self_edit_that_is_too_long_for_the_policy_is_measured_but_not_learned(tmp_path):
     texts = {"train 0": ["good" * 500, "bad"], "train 1": ["bad", "good"]}
-    writer = Writer(lambda contexts, _: [texts.get(context, ["bad"]) for context in contexts])
-    config = LoopConfig(rounds=1, repeats=1, writer="w")
-    contents, said, _ = run(tmp_path / "run", config, ToyDomain(2, {"w": writer}))
+    source = SelfEditSource(lambda contexts, _: [texts.get(context, ["bad"]) for context in contexts])
+    config = LoopConfig(rounds=1, repeats=1, self_edit_source="w")
+    contents, said, _ = run(tmp_path / "run", config, ToyDomain(2, {"w": source}))
     trials = [t for t in contents["trials"] if t["phase"] == "round 1"]
     assert [t["grades"] for t in trials] == [[1.0] * 2, [0.0] * 2, [0.0] * 2, [1.0] * 2]
     assert contents["policies"][0]["kept"] == [["train 1", 1]]
@@ -356,7 +256,7 @@ def test_a_self_edit_that_is_too_long_for_the_policy_is_measured_but_not_learned
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["refuse me"], "round 1: every self-edit was refused, the first one as: no text"),
+        (["refuse me"], "round 1: every self-edit was rejected, the first one as: no text"),
         (["unknown"], "round 1: none of 6 adapters could be trained; the first: no such module"),
     ],
 )
@@ -368,38 +268,38 @@ def test_a_run_in_which_nothing_can_be_trained_stops(tmp_path, texts, message):
             return super().train(jobs, progress)
 
     calls = iter([["good"]])
-    writer = Writer(lambda contexts, _: [next(calls, texts)] * len(contexts))
-    config = LoopConfig(rounds=1, repeats=3, writer="w")
+    source = SelfEditSource(lambda contexts, _: [next(calls, texts)] * len(contexts))
+    config = LoopConfig(rounds=1, repeats=3, self_edit_source="w")
     with pytest.raises(RunError, match=message):
-        run(tmp_path / "run", config, ToyDomain(2, {"w": writer}), Picky())
+        run(tmp_path / "run", config, ToyDomain(2, {"w": source}), Picky())
 
 
 def test_a_best_attempt_counts_for_an_oracle(tmp_path):
-    writer = Writer(lambda contexts, _: [["bad", "good"] for _ in contexts], best=True)
-    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=0), ToyDomain(3, {"oracle": writer}))
+    source = SelfEditSource(lambda contexts, _: [["bad", "good"] for _ in contexts], aggregate="max")
+    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=0), ToyDomain(3, {"oracle": source}))
     assert accuracies(contents)["seed 0, oracle, accuracy"] == 1.0
     trial = Trial(0, "p", "c", 0, 0, 0, 1, 1, None, None, ("a", "b"), (1.0, None), 0.0)
     others = [trial, replace(trial, index=1, grades=(0.0, 0.0)), replace(trial, context="d", grades=(None, None))]
     assert mean_accuracy(others) == 0.5
-    assert mean_accuracy(others, best=True) == 1.0
+    assert mean_accuracy(others, aggregate="max") == 1.0
     assert mean_accuracy(others[2:]) is None
 
 
 def test_a_writer_that_could_not_write(tmp_path):
     """Nothing for one context of ten is left out and counted; for more, the run stops, and can go on."""
     nothing = {"held out 3"}
-    writer = Writer(lambda contexts, _: [[] if c in nothing else ["good"] for c in contexts])
-    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=0), ToyDomain(10, {"some": writer}))
-    assert [e["refused"] for e in contents["self_edits"] if e["refused"]] == ["could not be had"]
-    measured = contents["units"]["seed 0, some, accuracy"]
+    source = SelfEditSource(lambda contexts, _: [[] if c in nothing else ["good"] for c in contexts])
+    contents, _, _ = run(tmp_path / "run", LoopConfig(rounds=0), ToyDomain(10, {"some": source}))
+    assert [e["rejected"] for e in contents["self_edits"] if e["rejected"]] == ["could not be had"]
+    measured = contents["steps"]["seed 0, some, accuracy"]
     assert (measured["accuracy"], measured["contexts"]) == (1.0, 9)
     nothing.add("held out 5")
     with pytest.raises(UngradedError, match="some: 2 of 10 self-edits could not be had"):
-        run(tmp_path / "other", LoopConfig(rounds=0), ToyDomain(10, {"some": writer}))
+        run(tmp_path / "other", LoopConfig(rounds=0), ToyDomain(10, {"some": source}))
     nothing.remove("held out 5")
-    assert run(tmp_path / "other", LoopConfig(rounds=0), ToyDomain(10, {"some": writer}))[0] == contents
-    with pytest.raises(InputError, match="writer: found 'nobody'"):
-        run(tmp_path / "other", LoopConfig(writer="nobody"))
+    assert run(tmp_path / "other", LoopConfig(rounds=0), ToyDomain(10, {"some": source}))[0] == contents
+    with pytest.raises(InputError, match="self_edit_source: found 'nobody'"):
+        run(tmp_path / "other", LoopConfig(self_edit_source="nobody"))
 
 
 def test_a_finished_run_does_nothing(tmp_path):
@@ -412,9 +312,9 @@ def test_a_finished_run_does_nothing(tmp_path):
 KILLED = """
     import os, random, signal, sys
     sys.path[:0] = {paths!r}
-    import test_restem
+    import toy_loop
 
-    class Dying(test_restem.ToyEngine):
+    class Dying(toy_loop.ToyEngine):
         left = 0
         def __getattribute__(self, name):
             if name in ("train", "generate", "merge", "load_adapter"):
@@ -430,7 +330,7 @@ KILLED = """
             Dying.left = draw.randrange(12)
             child = os.fork()
             if not child:
-                test_restem.run(f"{{sys.argv[1]}} {{run}}", test_restem.CONFIG, engine=Dying())
+                toy_loop.run(f"{{sys.argv[1]}} {{run}}", toy_loop.CONFIG, engine=Dying())
                 os._exit(0)
             status = os.waitpid(child, 0)[1]
             assert status in (0, signal.SIGKILL), status
@@ -452,7 +352,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path):
     assert int(process.stdout) >= 30
     for i in range(5):
         with Ledger.read(tmp_path / f"run {i}") as ledger:
-            assert ledger.contents() == expected
+            assert ledger.snapshot() == expected
 
 
 @pytest.mark.parametrize(
@@ -460,7 +360,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path):
     [
         ("seeds", ()), ("seeds", (1, 1)), ("seeds", (-1,)), ("rounds", -1), ("self_edits", 0), ("repeats", 0),
         ("temperature", -1.0), ("top_p", 0.0), ("max_tokens", 0), ("keep", "all"), ("keep_fraction", 1.5),
-        ("policy_rank", 0), ("policy_update", "both"), ("trials_a_unit", 0), ("max_ungraded", float("nan")),
+        ("policy_rank", 0), ("policy_update", "both"), ("trials_per_step", 0), ("max_ungraded", float("nan")),
         ("policy_learning_rate", float("inf")), ("keep_reward", float("nan")),
     ],
 )  # fmt: skip

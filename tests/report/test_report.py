@@ -1,6 +1,6 @@
 """The report of a run: what its page says, that nothing in it is taken for HTML, and that odd runs give a page, too.
 
-Runs are those of the real loop over a toy engine and domain (see test_restem), so names of phases are the loop's own.
+Runs are those of the real loop over a toy engine and domain (see toy_loop), so names of phases are the loop's own.
 """
 
 import base64
@@ -15,19 +15,28 @@ from statistics import fmean
 
 import matplotlib
 import pytest
-from test_restem import ToyDomain, ToyEngine
 
-from seal_engine.loop.domain import Attempt, LoopConfig, RefusedError
-from seal_engine.loop.ledger import Ledger, Policy, SelfEdit, Trial
+from seal_engine.loop.config import LoopConfig
+from seal_engine.loop.domain import Candidate, InvalidSelfEditError
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.records import PolicyUpdate, SelfEdit, Trial
 from seal_engine.loop.restem import ReSTEM
 from seal_engine.report.data import RunData
 from seal_engine.report.page import write_report
 from seal_engine.runs import rows
 from seal_engine.sampling.requests import Completion, RequestOutput, SamplingParams
 from seal_engine.types import InputError
+from toy_loop import ToyDomain, ToyEngine
 
 CONFIG = LoopConfig(
-    seeds=(0, 1, 2), rounds=2, contexts=24, self_edits=4, repeats=2, resamples=0, trials_a_unit=40, together=1
+    seeds=(0, 1, 2),
+    rounds=2,
+    contexts=24,
+    self_edits=4,
+    repeats=2,
+    resamples=0,
+    trials_per_step=40,
+    continued_pretraining=1,
 )
 SETTINGS = {"task": "knowledge", "answer_stop": "\n", "model": "/models/toy-1B", "sha256": {"data": "00ff"}}
 PICTURES = ["accuracy", "contexts", "kept", "time"]
@@ -67,7 +76,7 @@ class ReportDomain(ToyDomain):
 
     def job(self, context, self_edit):
         if "refuse" in self_edit:
-            raise RefusedError("no text to train on" if "too" in self_edit else "nothing but a heading")
+            raise InvalidSelfEditError("no text to train on" if "too" in self_edit else "nothing but a heading")
         return super().job(context, self_edit)
 
     def questions(self, context):
@@ -75,11 +84,12 @@ class ReportDomain(ToyDomain):
 
     def baselines(self):
         def trained(context, text):
-            return [Attempt(super(ReportDomain, self).job(context, f"{context} {text}"), self.questions(context))]
+            job = super(ReportDomain, self).job(context, f"{context} {text}")
+            return [Candidate(context, job, self.questions(context))]
 
         return {
-            "no adapter": lambda c: [Attempt(None, self.questions(c))],
-            "passage in the prompt": lambda c: [Attempt(None, [f"reading {q}" for q in self.questions(c)])],
+            "no adapter": lambda c: [Candidate(c, None, self.questions(c))],
+            "passage in the prompt": lambda c: [Candidate(c, None, [f"reading {q}" for q in self.questions(c)])],
             "passage only": lambda c: trained(c, "good"),
             "passage only, equal steps": lambda c: trained(c, "good good"),
         }
@@ -188,10 +198,10 @@ def test_the_page_says_what_the_ledger_holds(whole):
     for number in (1, 2):
         kept = sum(len(policy.kept) for policy in policies if policy.round == number)
         edits = [edit for edit in self_edits if edit.phase == f"round {number}"]
-        refused = sum(edit.refused is not None for edit in edits)
-        assert any(line[:4] == (str(number), str(len(edits)), str(refused), str(kept)) for line in cells)
+        rejected = sum(edit.rejected is not None for edit in edits)
+        assert any(line[:4] == (str(number), str(len(edits)), str(rejected), str(kept)) for line in cells)
     for reason in ("no text to train on", "nothing but a heading"):
-        count = sum(edit.refused == reason for edit in self_edits)
+        count = sum(edit.rejected == reason for edit in self_edits)
         assert count > 0
         assert any(line[:2] == (reason, str(count)) for line in cells)
 
@@ -215,12 +225,12 @@ def test_settings_that_differ_come_first(whole):
 def test_what_is_counted_and_paired(whole):
     directory, engine, page = whole
     with Ledger.read(directory) as ledger:
-        data, units = RunData(ledger), ledger.trials()
+        data, trials = RunData(ledger), ledger.trials()
     trained = sum(job.checkpoint_dir is None for jobs in engine.trained for job in jobs)
     assert len(data.adapters) == trained
     assert ("adapters trained", f"{trained:,}, and 6 policy updates") in page.cells()
     assert sum(sum(parts.values()) for parts in data.seconds_by_stage.values()) == pytest.approx(
-        sum(unit.seconds for unit in data.units)
+        sum(step.seconds for step in data.steps)
     )
     assert list(data.seconds_by_stage) == [
         "baselines", "evaluation 0", "round 1", "evaluation 1", "round 2", "evaluation 2",
@@ -228,7 +238,7 @@ def test_what_is_counted_and_paired(whole):
     assert all(parts["training and asking"] > 0 for parts in data.seconds_by_stage.values())
     assert [stage for stage, parts in data.seconds_by_stage.items() if parts["policy update"]] == ["round 1", "round 2"]
     accuracy = {
-        (t.seed, t.phase, t.context): t.accuracy for t in units if re.fullmatch(r"evaluation \d, self-edits", t.phase)
+        (t.seed, t.phase, t.context): t.accuracy for t in trials if re.fullmatch(r"evaluation \d, self-edits", t.phase)
     }
     for context, change in data.pairs.changes.items():
         pairs = [[accuracy.get((s, f"evaluation {r}, self-edits", context)) for r in (0, 2)] for s in range(3)]
@@ -256,8 +266,8 @@ def test_untrusted_text_is_shown_as_text(tmp_path):
         def job(self, context, self_edit):
             try:
                 return super().job(context, self_edit)
-            except RefusedError as error:
-                raise RefusedError(f"{error}: {NASTY}") from None
+            except InvalidSelfEditError as error:
+                raise InvalidSelfEditError(f"{error}: {NASTY}") from None
 
         def grade(self, answered):
             return super().grade([(c, [answer.removesuffix(NASTY) for answer in own]) for c, own in answered])
@@ -313,7 +323,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 
 def test_one_seed_and_no_rounds(tmp_path):
-    make_run(tmp_path / "run", replace(CONFIG, seeds=(7,), rounds=0, together=0))
+    make_run(tmp_path / "run", replace(CONFIG, seeds=(7,), rounds=0, continued_pretraining=0))
     page = Page(write_report(tmp_path / "run"))
     assert "The run is over" in page.text
     assert "<strong>" not in page.source
@@ -365,7 +375,7 @@ def odd_run(directory):
         for name, accuracy in (("not a number", nan), ("nothing graded", None)):
             metrics = {"seed": 0, "phase": name, "accuracy": accuracy, "trials": 1}
             ledger.finish(f"seed 0, {name}, accuracy", metrics=metrics)
-        ledger.finish("seed 0, round 1", policy=Policy(0, 1, None, (), 0, nan, 0.0), metrics={"seed": 0})
+        ledger.finish("seed 0, round 1", policy=PolicyUpdate(0, 1, None, (), 0, nan, 0.0), metrics={"seed": 0})
 
 
 def test_numbers_that_are_missing(tmp_path):
@@ -394,7 +404,7 @@ def test_without_matplotlib(whole, tmp_path, without_matplotlib):
 
 def test_another_import_that_fails_is_not_taken_for_matplotlib(whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "seal_engine.report.plots", None)
-    with pytest.raises(ModuleNotFoundError, match="report_plots"):
+    with pytest.raises(ModuleNotFoundError, match="report.plots"):
         write_report(whole[0])
 
 

@@ -1,18 +1,16 @@
 """The whole loop with the shipped miniature: it learns from rewards, goes on when killed, and takes real data."""
 
 import json
-import os
 import random
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from command import run_command
 from seal_engine import runs
 from seal_engine.cli.main import main
 from seal_engine.domains.knowledge.seal_files import read_passages, read_result
@@ -29,13 +27,7 @@ FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 def start(directory, **settings):
     runs.start("miniature", settings, directory, lambda line: None, progress=False)
     with Ledger.read(directory) as ledger:
-        return ledger.contents(), {row.name: row.mean for row in runs.rows(ledger)}
-
-
-def run_command(*arguments):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", "-m", "seal_engine", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment)  # what it prints is pytest's to show
+        return ledger.snapshot(), {row.name: row.mean for row in runs.rows(ledger)}
 
 
 def test_the_policy_learns_from_rewards_and_from_nothing_else(tmp_path):
@@ -62,7 +54,7 @@ def test_a_small_run(tmp_path, capsys):
     assert methods[-2:] == ["self-edits, before any round", "self-edits, after round 1"]
     assert any(line.startswith("seed 0, round 1: mean reward") for line in out)
     with Ledger.read(tmp_path / "run") as ledger:
-        first = ledger.contents()
+        first = ledger.snapshot()
     result = read_result(tmp_path / "run/seed-0-round-1.json")
     assert len(result.articles) == 4
     assert all(len(article.completions) == 2 for article in result.articles)
@@ -73,7 +65,7 @@ def test_a_small_run(tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == printed
     with Ledger.read(tmp_path / "run") as ledger:
-        assert ledger.contents() == first
+        assert ledger.snapshot() == first
 
 
 def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
@@ -89,7 +81,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
         process.wait()
     assert run_command(*command, tmp_path / "run").wait() == 0
     with Ledger.read(tmp_path / "run") as ledger, Ledger.read(tmp_path / "whole") as whole:
-        assert ledger.contents() == whole.contents()
+        assert ledger.snapshot() == whole.contents()
     adapters = [tmp_path / name / "policies/seed-0-round-2/adapter_model.safetensors" for name in ("run", "whole")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 

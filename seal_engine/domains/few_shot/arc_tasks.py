@@ -32,7 +32,7 @@ from seal_engine.training.jobs import TrainSequence
 from seal_engine.types import InputError, require
 
 LIMIT = 250  # training tasks
-MOST_STEPS = 375
+MAX_STEPS = 375
 MAX_TOKENS = 8192  # of a training task
 
 
@@ -106,7 +106,7 @@ def training_tasks(
     return list(dict.fromkeys(made))
 
 
-def skip_reason(directive: Directive, count: int, batch_size: int = 2, most: int = MOST_STEPS) -> str | None:
+def skip_reason(directive: Directive, count: int, batch_size: int = 2, most: int = MAX_STEPS) -> str | None:
     """Why nothing is trained on `count` tasks, None if something is: the recipe's bound on optimizer steps."""
     if not count:
         return "no training task"

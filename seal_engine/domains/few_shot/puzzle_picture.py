@@ -9,7 +9,8 @@ from typing import Any
 from seal_engine.domains.few_shot.arc import COLOURS, Grid, Task
 from seal_engine.domains.few_shot.task import FewShot
 from seal_engine.files import replace_file
-from seal_engine.loop.ledger import Ledger, Trial
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.records import Trial
 
 PICTURE = "puzzles.png"
 # ARC's own colours, by number.

@@ -7,21 +7,21 @@ answers vote (see voting).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice, product
 
 from seal_engine.domains.few_shot.arc import Grid, GridTextError, Task, read_tasks
-from seal_engine.domains.few_shot.arc_tasks import LIMIT, MOST_STEPS, TextForm, skip_reason, training_tasks
+from seal_engine.domains.few_shot.arc_tasks import LIMIT, MAX_STEPS, TextForm, skip_reason, training_tasks
 from seal_engine.domains.few_shot.directive import STRATEGIES, Directive, DirectiveError, NoJSONError, parse
 from seal_engine.domains.few_shot.directive_grammar import DirectiveGrammar
 from seal_engine.domains.few_shot.voting import TRANSFORMS, Query, queries, score, vote
 from seal_engine.engine import Engine
-from seal_engine.loop.domain import Attempt, Prompt, RefusedError, Writer
+from seal_engine.loop.domain import Candidate, InvalidSelfEditError, Prompt, SelfEditSource
 from seal_engine.sampling.requests import LogitsHook, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob
 from seal_engine.types import LoraConfig, is_integer, require, setting
 
-# What the published recipe sets otherwise than for the knowledge task: see loop.LoopConfig.
+# What the published recipe sets otherwise than for the knowledge task: see LoopConfig.
 PUBLISHED = {
     "contexts": 12, "self_edits": 15, "repeats": 1, "rounds": 1, "temperature": 0.8, "top_p": 1.0, "max_tokens": 128,
     "keep": "gain", "keep_reward": 1.0, "policy_rank": 16, "policy_alpha": 16.0, "policy_learning_rate": 5e-5,
@@ -51,9 +51,9 @@ class FewShotConfig:
     lr_scheduler: str = setting("cosine", "of each adapter's learning rate", SCHEDULERS)
     warmup_steps: int = setting(11, "of each adapter's learning rate")
     batch_size: int = setting(2, "training tasks in an optimizer step")
-    most_tasks: int = setting(LIMIT, "training tasks of a puzzle")
-    most_steps: int = setting(MOST_STEPS, "optimizer steps; a directive that takes more trains nothing")
-    most_sequence_tokens: int = setting(8192, "of a training task; longer ones are left out")
+    max_tasks: int = setting(LIMIT, "training tasks of a puzzle")
+    max_steps: int = setting(MAX_STEPS, "optimizer steps; a directive that takes more trains nothing")
+    max_sequence_tokens: int = setting(8192, "of a training task; longer ones are left out")
     recolour: bool = setting(True, "copies of training tasks have other colours")
     leave: tuple[int, ...] = setting((1, 2), "demonstrations that are taken out to make training tasks")
     vote_leave: int = setting(1, "demonstrations that each question is without")
@@ -68,7 +68,7 @@ class FewShotConfig:
 
     def __post_init__(self):
         for name, least in (
-            ("most_tasks", 1), ("most_steps", 1), ("most_sequence_tokens", 2), ("vote_leave", 0), ("vote_orders", 0),
+            ("max_tasks", 1), ("max_steps", 1), ("max_sequence_tokens", 2), ("vote_leave", 0), ("vote_orders", 0),
             ("attempts", 1), ("answer_tokens", 1),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -104,7 +104,7 @@ class FewShotConfig:
 
 
 class FewShot:
-    """Puzzles as a Domain (see loop)."""
+    """Puzzles as a Domain (see loop/domain.py)."""
 
     def __init__(
         self,
@@ -135,11 +135,10 @@ class FewShot:
         )  # fmt: skip
         stop = config.answer_stop or None
         self.answer_params = SamplingParams(temperature=0, max_tokens=config.answer_tokens, stop=stop)
-        self._writers: dict[str, Writer] = {}
+        self._sources: dict[str, SelfEditSource] = {}
         self._add_directives()
-        self.job = cache(self._job)  # the loop asks more than once
-        self.queries = cache(self._queries)
-        self.logits_hook = cache(self._logits_hook)
+        self._queries: dict[str, list[list[Query]]] = {}
+        self._grammars: dict[int, DirectiveGrammar] = {}
 
     def contexts(self, split: str) -> Sequence[str]:
         """Names of the split's puzzles."""
@@ -149,35 +148,42 @@ class FewShot:
         """What the policy continues with a directive."""
         return self.form.ask_self_edit(self.tasks[context], self.engine.tokenizer)
 
-    def _logits_hook(self, max_tokens: int) -> LogitsHook | None:
-        """What keeps the policy to directives, where the configuration says so."""
+    def logits_hook(self, max_tokens: int) -> LogitsHook | None:
+        """The grammar of directives, where the configuration asks for it."""
         if not self.config.grammar:
             return None
-        pieces = self.engine.tokenizer.pieces(self.engine.config.vocab_size)
-        return DirectiveGrammar(pieces, self.engine.stop_token_ids, max_tokens)
+        if max_tokens not in self._grammars:  # which takes seconds with a large vocabulary
+            pieces = self.engine.tokenizer.pieces(self.engine.config.vocab_size)
+            self._grammars[max_tokens] = DirectiveGrammar(pieces, self.engine.stop_token_ids, max_tokens)
+        return self._grammars[max_tokens]
 
-    def _job(self, context: str, self_edit: str) -> TrainJob:
-        """The inner loop that a directive chooses. RefusedError where it is none, or chooses what trains nothing."""
+    def job(self, context: str, self_edit: str) -> TrainJob:
+        """The job that a directive asks for. InvalidSelfEditError for other text, and for one that trains nothing."""
         c, task = self.config, self.tasks[context]
         try:
             directive = parse(self_edit)
         except NoJSONError as error:
-            raise RefusedError(str(error)) from None
+            raise InvalidSelfEditError(str(error)) from None
         except DirectiveError as error:
-            raise RefusedError(str(error), final=True) from None
+            raise InvalidSelfEditError(str(error), retryable=False) from None
         made = training_tasks(task, directive, leave=c.leave, recolour=c.recolour)
         sequences = self.form.sequences(
-            made, self.engine.tokenizer, directive.all_tokens, limit=c.most_tasks, max_tokens=c.most_sequence_tokens
+            made, self.engine.tokenizer, directive.all_tokens, limit=c.max_tasks, max_tokens=c.max_sequence_tokens
         )
-        reason = skip_reason(directive, len(sequences), c.batch_size, c.most_steps)
+        reason = skip_reason(directive, len(sequences), c.batch_size, c.max_steps)
         if reason:
-            raise RefusedError(reason, final=True)
+            raise InvalidSelfEditError(reason, retryable=False)
         return c.job(sequences, directive.learning_rate, directive.num_train_epochs)
 
-    def _queries(self, context: str) -> list[list[Query]]:
-        """What is asked about each test."""
-        c, task, most = self.config, self.tasks[context], self.engine.config.max_position_embeddings
-        fits = lambda one: len(self._ask(one)) + c.answer_tokens <= most  # noqa: E731
+    def queries(self, context: str) -> list[list[Query]]:
+        """The queries of each test of the puzzle."""
+        if context not in self._queries:
+            self._queries[context] = self._make_queries(context)
+        return self._queries[context]
+
+    def _make_queries(self, context: str) -> list[list[Query]]:
+        c, task, longest = self.config, self.tasks[context], self.engine.config.max_position_embeddings
+        fits = lambda one: len(self._ask(one)) + c.answer_tokens <= longest  # noqa: E731
         ask = partial(queries, task, leave=c.vote_leave, orders=c.vote_orders, fits=fits)
         return [ask(test=i, transforms=TRANSFORMS if c.vote_transforms else ()) for i in range(len(task.tests))]
 
@@ -207,23 +213,23 @@ class FewShot:
         except GridTextError:
             return None
 
-    def baselines(self) -> Mapping[str, Callable[[str], Sequence[Attempt]]]:
+    def baselines(self) -> Mapping[str, Callable[[str], Sequence[Candidate]]]:
         """The puzzle's demonstrations in the prompt, nothing trained."""
-        return {"in context": lambda c: [Attempt(None, self.questions(c))]}
+        return {"in context": lambda c: [Candidate(c, None, self.questions(c))]}
 
-    def writers(self) -> Mapping[str, Writer]:
-        """A fixed directive, all of a grid, of which the best counts, and what else was given."""
-        return self._writers
+    def sources(self) -> Mapping[str, SelfEditSource]:
+        """A fixed directive, the oracle over a grid of directives, and the sources that were added."""
+        return self._sources
 
-    def add_writer(self, name: str, writer: Writer) -> None:
-        """Someone else whose self-edits are measured, too."""
-        self._writers[name] = writer
+    def add_source(self, name: str, writer: SelfEditSource) -> None:
+        """Add a source whose self-edits are measured, too."""
+        self._sources[name] = writer
 
     def _add_directives(self) -> None:
         if self.config.fixed_directive:
             text = parse(self.config.fixed_directive).to_json()
-            self.add_writer("fixed directive", Writer(lambda contexts, _: [[text]] * len(contexts)))
+            self.add_source("fixed directive", SelfEditSource(lambda contexts, _: [[text]] * len(contexts)))
         texts = [directive.to_json() for directive in self.config.grid()]
         if texts:
-            best = Writer(lambda contexts, _: [texts] * len(contexts), best=True)
-            self.add_writer("best directive of a grid", best)
+            best = SelfEditSource(lambda contexts, _: [texts] * len(contexts), aggregate="max")
+            self.add_source("best directive of a grid", best)

@@ -21,9 +21,9 @@ from itertools import chain
 from statistics import mean, stdev
 from typing import Any
 
+from seal_engine.loop.selection import DIGITS, best_of_each
 from seal_engine.types import require
 
-DIGITS = 4
 Stats = dict[str, float | None]
 
 
@@ -161,11 +161,12 @@ def select(result: Result) -> list[dict[str, str]]:
     which teaches nothing, or ungraded, which is not known to be good: an article with no other is left out.
     InputError for an article without a prompt.
     """
-    rows = []
+    rewards: dict[tuple[int, int], float] = {}
     for i, article in enumerate(result.articles):
         require(bool(article.prompt.strip()), f"articles[{i}].prompt", article.prompt, "what was sampled from")
-        means = [(completion_stats(judged.questions)["adapter_mean"], judged.text) for judged in article.completions]
-        known = [(value, text) for value, text in means if value is not None and text.strip()]
-        if known:
-            rows.append({"prompt": article.prompt, "completion": max(known, key=lambda pair: pair[0])[1]})
-    return rows
+        for j, judged in enumerate(article.completions):
+            reward = completion_stats(judged.questions)["adapter_mean"]
+            if reward is not None and judged.text.strip():
+                rewards[i, j] = reward
+    best = [(result.articles[i], j) for i, j in best_of_each(rewards)]
+    return [{"prompt": article.prompt, "completion": article.completions[j].text} for article, j in best]

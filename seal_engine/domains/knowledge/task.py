@@ -20,8 +20,9 @@ from seal_engine.domains.knowledge.seal_files import read_passages
 from seal_engine.domains.knowledge.self_edits import split
 from seal_engine.domains.templating import fill, read_template
 from seal_engine.engine import Engine
-from seal_engine.loop.domain import Attempt, Prompt, RefusedError, Writer
-from seal_engine.loop.ledger import Ledger, SelfEdit, Trial
+from seal_engine.loop.domain import Candidate, InvalidSelfEditError, Prompt, SelfEditSource
+from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.records import SelfEdit, Trial
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob
 from seal_engine.types import InputError, LoraConfig, is_integer, require, setting
@@ -57,8 +58,8 @@ class KnowledgeConfig:
     answer_stop: str = setting("", "text that ends an answer")
     grader: str = setting("contains", "how answers are graded", GRADERS)
     grade_template: str = setting("", "file: what a model that grades is asked")
-    self_edits_file: str = setting("", "JSON with completions: self-edits to compare with, writer 'file'")
-    endpoint: str = setting("", "base URL of an OpenAI-compatible endpoint, for grader or writer 'endpoint'")
+    self_edits_file: str = setting("", "JSON with completions: self-edits to compare with, source 'file'")
+    endpoint: str = setting("", "base URL of an OpenAI-compatible endpoint, for grader or source 'endpoint'")
     endpoint_model: str = setting("", "the model to ask for there")
     endpoint_key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds its key")
     endpoint_self_edits: int = setting(0, "self-edits for each context to have written there")
@@ -105,7 +106,7 @@ log = logging.getLogger("seal_engine")
 
 
 class Knowledge:
-    """Passages as a Domain (see restem)."""
+    """Passages as a Domain (see loop/domain.py)."""
 
     def __init__(
         self,
@@ -136,12 +137,12 @@ class Knowledge:
         self.grader: Grader = make_grader(
             config.grader, engine, endpoint, read_template(config.grade_template, "grade.txt")
         )
-        self._writers: dict[str, Writer] = {}
+        self._sources: dict[str, SelfEditSource] = {}
         if config.self_edits_file:
             known = {(p.title, p.context): p.completions for p in read_passages(config.self_edits_file)}
-            self._writers["file"] = Writer(lambda contexts, _: [known.get(self._key(c), ()) for c in contexts])
+            self._sources["file"] = SelfEditSource(lambda contexts, _: [known.get(self._key(c), ()) for c in contexts])
         if config.endpoint_self_edits:
-            self._writers["endpoint"] = Writer(self._ask_endpoint)
+            self._sources["endpoint"] = SelfEditSource(self._ask_endpoint)
 
     def contexts(self, split: str) -> Sequence[str]:
         """Names of the split's passages: its number and title."""
@@ -159,11 +160,11 @@ class Knowledge:
         return self._text("prompt_template", context)
 
     def job(self, context: str, self_edit: str) -> TrainJob:
-        """The inner loop on the pieces of a self-edit. Raises RefusedError where there is none."""
+        """The inner loop on the pieces of a self-edit. Raises InvalidSelfEditError where there is none."""
         passage = self.passages[context]
         pieces = split(self_edit, passage.title, None, self.config.split_newlines)[: self.config.max_sequences or None]
         if not pieces:
-            raise RefusedError("no text to train on")
+            raise InvalidSelfEditError("no text to train on")
         return self._job(passage, [*pieces, *self._passage_sequences(passage, int(self.config.with_passage))])
 
     def questions(self, context: str) -> Sequence[Prompt]:
@@ -180,29 +181,30 @@ class Knowledge:
         grades = iter(self.grader(asked))
         return [[next(grades) for _ in answers] for _, answers in answered]
 
-    def baselines(self) -> Mapping[str, Callable[[str], Sequence[Attempt]]]:
+    def baselines(self) -> Mapping[str, Callable[[str], Sequence[Candidate]]]:
         """No adapter; the passage in the prompt; the passage alone, once and passage_copies times."""
         made = {
-            "no adapter": lambda c: [Attempt(None, self.questions(c))],
-            "passage in the prompt": lambda c: [Attempt(None, self._reading(c))],
-            "passage only": partial(self._passage_attempt, 1),
+            "no adapter": lambda c: [Candidate(c, None, self.questions(c))],
+            "passage in the prompt": lambda c: [Candidate(c, None, self._reading(c))],
+            "passage only": partial(self._passage_candidate, 1),
         }
         copies = self.config.passage_copies
         if copies:
-            made[f"passage only, {copies} times"] = partial(self._passage_attempt, copies)
+            made[f"passage only, {copies} times"] = partial(self._passage_candidate, copies)
         return made
 
-    def writers(self) -> Mapping[str, Writer]:
-        """Self-edits from a file, from an endpoint, and what else was given."""
-        return self._writers
+    def sources(self) -> Mapping[str, SelfEditSource]:
+        """Self-edits from a file, from an endpoint, and the sources that were added."""
+        return self._sources
 
-    def add_writer(self, name: str, writer: Writer) -> None:
-        """Someone else whose self-edits are measured, too."""
-        self._writers[name] = writer
+    def add_source(self, name: str, writer: SelfEditSource) -> None:
+        """Add a source whose self-edits are measured, too."""
+        self._sources[name] = writer
 
-    def _passage_attempt(self, copies: int, context: str) -> list[Attempt]:
+    def _passage_candidate(self, copies: int, context: str) -> list[Candidate]:
         passage = self.passages[context]
-        return [Attempt(self._job(passage, self._passage_sequences(passage, copies)), self.questions(context))]
+        job = self._job(passage, self._passage_sequences(passage, copies))
+        return [Candidate(context, job, self.questions(context))]
 
     def _passage_sequences(self, passage: Passage, copies: int) -> list[str]:
         return split("", passage.title, passage.context) * copies
@@ -243,7 +245,7 @@ class Knowledge:
         return [[next(replies).text for _ in range(count)] for _ in contexts]
 
     def result(self, ledger: Ledger, seed: int, round_number: int) -> Result:
-        """What a round's E-step found, as SEAL's result files have it. Who failed or was refused answered nothing."""
+        """What a round's E-step measured, as SEAL's result files have it. Trials that failed answered nothing."""
         phase, c = f"round {round_number}", self.config
         before = {trial.context: trial for trial in ledger.trials(seed, f"{phase}, no adapter")}
         trials = {(trial.context, trial.index, trial.repeat): trial for trial in ledger.trials(seed, phase)}
@@ -264,7 +266,7 @@ class Knowledge:
             "batch_size": c.batch_size, "grad_accum_steps": c.gradient_accumulation_steps,
         }  # fmt: skip
         model = Path(str(ledger.config.get("model", ""))).name
-        finished = {unit: when for unit, when, _ in ledger.units()}.get(f"seed {seed}, {phase}", ledger.started)
+        finished = {step: when for step, when, _ in ledger.steps()}.get(f"seed {seed}, {phase}", ledger.started)
         stamp = datetime.fromisoformat(finished).strftime("%m%d_%H%M%S")
         count = max(map(len, edits.values()), default=0)
         return Result(tuple(articles), stamp, model, c.data, c.split_newlines, count, len(repeats), lora)

@@ -1,0 +1,157 @@
+"""The inner loop of SEAL: candidates -> adapters -> answers -> grades.
+
+What the numbers of a trial depend on: the candidate's job with the trial's training seed, the weights of the base, the
+candidate's questions, and how answers are sampled. They depend neither on the other trials of a call nor on how many
+there are (to float32 rounding; in a deterministic engine bit for bit), so trials can be computed in any order, on any
+machine, and once more after a failure.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from seal_engine.engine import Engine
+from seal_engine.loop.domain import Candidate
+from seal_engine.loop.records import Trial
+from seal_engine.model.adapters import Adapter
+from seal_engine.sampling.requests import SamplingParams
+from seal_engine.training.jobs import TrainJob, TrainResult
+
+Grade = Callable[[Sequence[tuple[str, Sequence[str]]]], list[list[float | None]]]  # as Domain.grade
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed, below 2**31, that depends on all parts and nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The result of one candidate; the fields are those of Trial."""
+
+    num_steps: int
+    num_tokens: int
+    final_loss: float | None
+    error: str | None
+    answers: tuple[str, ...]
+    grades: tuple[float | None, ...]
+    seconds: float
+
+
+class InnerLoop:
+    """Trains, questions and grades candidates over one engine; it keeps no state between calls."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        answer_params: SamplingParams,
+        grade: Grade,
+        log: Callable[[str], None] = print,
+        progress: bool = True,
+    ):
+        """answer_params: how questions are answered. grade: as Domain.grade. log: takes one line of text."""
+        self.engine = engine
+        self.answer_params = answer_params
+        self.grade = grade
+        self.log = log
+        self.progress = progress
+
+    def run(self, candidates: Sequence[tuple[Candidate, int]]) -> list[TrialResult]:
+        """The result of each (candidate, training seed), in order: all jobs are trained at once, all questions are
+        answered at once, all answers are graded at once.
+
+        A candidate that is rejected or whose job fails has an error, no answers and no grades.
+        """
+        start = perf_counter()
+        results = self._train(candidates)
+        answers = self._answer([candidate for candidate, _ in candidates], results)
+        answered = [(candidates[i][0].context, texts) for i, texts in answers.items()]
+        grades = dict(zip(answers, self.grade(answered), strict=True))
+        seconds = (perf_counter() - start) / max(1, len(candidates))
+        return [
+            TrialResult(
+                num_steps=result.num_steps,
+                num_tokens=result.num_tokens,
+                final_loss=result.losses[-1] if result.losses else None,
+                error=result.error,
+                answers=tuple(answers.get(i, ())),
+                grades=tuple(grades.get(i, ())),
+                seconds=seconds,
+            )
+            for i, result in enumerate(results)
+        ]
+
+    def _train(self, candidates: Sequence[tuple[Candidate, int]]) -> list[TrainResult]:
+        """The training result of each candidate, an empty one where there is no job. Equal jobs are trained once."""
+        jobs: dict[str, TrainJob] = {}
+        keys: list[str | None] = []
+        for candidate, seed in candidates:
+            if candidate.job is None:
+                keys.append(None)
+                continue
+            job = replace(candidate.job, seed=seed)
+            key = job_key(job)
+            keys.append(key)
+            jobs.setdefault(key, job)
+        trained = self.engine.train(list(jobs.values()), progress=self.progress) if jobs else []
+        results = dict(zip(jobs, trained, strict=True))
+        return [
+            TrainResult(None, [], 0, candidate.rejected) if key is None else results[key]
+            for (candidate, _), key in zip(candidates, keys, strict=True)
+        ]
+
+    def _answer(self, candidates: Sequence[Candidate], results: Sequence[TrainResult]) -> dict[int, list[str]]:
+        """The answers of every candidate, by its place in the list, that has no error."""
+        asked = [i for i, result in enumerate(results) if result.error is None]
+        prompts = [prompt for i in asked for prompt in candidates[i].questions]
+        adapters = [results[i].adapter for i in asked for _ in candidates[i].questions]
+        if not prompts:
+            return {i: [] for i in asked}
+        outputs = self.engine.generate(prompts, self.answer_params, adapters, progress=self.progress)
+        failed = [output.error for output in outputs if output.error]
+        if failed:
+            self.log(f"{len(failed)} of {len(outputs)} questions could not be asked and count as wrong: {failed[0]}")
+        texts = iter("" if output.error else output.outputs[0].text for output in outputs)
+        return {i: [next(texts) for _ in candidates[i].questions] for i in asked}
+
+
+def job_key(job: TrainJob) -> str:
+    """A digest that equal jobs share and different ones do not, down to the last token of every sequence."""
+    return hashlib.sha256(repr(_comparable(job)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _comparable(value: Any) -> Any:
+    """The value as lists, texts and numbers, whose repr, unlike a tensor's, abbreviates nothing."""
+    if isinstance(value, Adapter):
+        return ["adapter", value.uid, value.version]
+    if isinstance(value, Tensor | np.ndarray):
+        return value.tolist()
+    if is_dataclass(value):
+        return [[field.name, _comparable(getattr(value, field.name))] for field in fields(value)]
+    if isinstance(value, Mapping):
+        return [[key, _comparable(item)] for key, item in value.items()]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return list(value) if value and isinstance(value[0], int) else [_comparable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def mean_accuracy(trials: Sequence[Trial], aggregate: str = "mean") -> float | None:
+    """The mean over contexts of each context's accuracy; None if nothing could be graded.
+
+    aggregate: a context's accuracy is the "mean" or the "max" over its candidates, each a mean over its repeats.
+    """
+    by_context: dict[str, dict[int, list[float]]] = {}
+    for trial in trials:
+        if trial.accuracy is not None:
+            by_context.setdefault(trial.context, {}).setdefault(trial.index, []).append(trial.accuracy)
+    if not by_context:
+        return None
+    combine = max if aggregate == "max" else fmean
+    return fmean(combine([fmean(values) for values in indices.values()]) for indices in by_context.values())
