@@ -36,7 +36,7 @@ from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_in
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
 ROW_TILE = 128  # rows a matrix product in deterministic mode: large enough to be fast
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
-MAX_ROWS = 256  # completions sampled at once
+MAX_NUM_SEQS = 256  # completions sampled at once
 
 
 class Engine:
@@ -233,13 +233,13 @@ class Engine:
             return self.tokenizer.stop_token_ids
         return () if self.directory is None else tuple(read_stop_token_ids(self.directory))
 
-    def sampler(self, num_blocks: int | None = None, stream: bool = False, max_rows: int = MAX_ROWS) -> Sampler:
+    def sampler(self, num_blocks: int | None = None, stream: bool = False, max_num_seqs: int = MAX_NUM_SEQS) -> Sampler:
         """A Sampler over this engine's model with a K/V cache of its own: add requests, step, poll.
 
-        num_blocks: of 16 tokens; None: as many as half of the free memory holds. stream: deltas carry text. max_rows:
-        completions that are worked on at once.
+        num_blocks: of 16 tokens; None: as many as half of the free memory holds. stream: deltas carry text.
+        max_num_seqs: completions that are worked on at once.
         """
-        require(is_integer(max_rows) and max_rows >= 1, "max_rows", max_rows, "an integer >= 1")
+        require(is_integer(max_num_seqs) and max_num_seqs >= 1, "max_num_seqs", max_num_seqs, "an integer >= 1")
         model, dtype = self.model, self.model.compute_dtype
         if num_blocks is None:
             num_blocks = max(1, free_memory(model.device) // 2 // KVCache.block_bytes(self.config, dtype))
@@ -250,7 +250,7 @@ class Engine:
             self.stop_token_ids,
             self._plan_budget(),
             self._seeds,
-            max_rows,
+            max_num_seqs,
             stream,
         )
 
@@ -287,7 +287,7 @@ class Engine:
             error = sampler.output(request_id).error
             if error is not None:
                 raise InputError(f"prompts[{request_id}]: {error}")
-        return (delta for _ in iter(lambda: sampler.busy, False) for delta in sampler.step())
+        return _deltas(sampler)
 
     def _submit(self, prompts: Any, params: Any, adapters: Any, options: dict[str, Any]) -> tuple[Sampler, list[int]]:
         """A sampler with a request for each prompt, its cache as large as they need and memory allows."""
@@ -297,8 +297,8 @@ class Engine:
         wanted = _for_each(params, len(prompts), SamplingParams, "params", "a SamplingParams")
         adapters = _for_each(adapters, len(prompts), Adapter | None, "adapters", "an Adapter or None")
         token_ids: list[list[int] | InputError] = []
-        max_rows = options.get("max_rows", MAX_ROWS)
-        require(is_integer(max_rows) and max_rows >= 1, "max_rows", max_rows, "an integer >= 1")
+        max_num_seqs = options.get("max_num_seqs", MAX_NUM_SEQS)
+        require(is_integer(max_num_seqs) and max_num_seqs >= 1, "max_num_seqs", max_num_seqs, "an integer >= 1")
         for prompt in prompts:
             try:
                 token_ids.append(self.inputs.token_ids(prompt, "prompt"))
@@ -309,9 +309,9 @@ class Engine:
             needs = [0]
             for ids, own in zip(token_ids, wanted, strict=True):
                 tokens = min(longest, len(ids) + (own.max_tokens or longest)) if isinstance(ids, list) else 0
-                needs += [-(-tokens // 16)] * min(own.n, max_rows)
+                needs += [-(-tokens // 16)] * min(own.n, max_num_seqs)
             room = free_memory(self.model.device) // 2 // KVCache.block_bytes(self.config, self.model.compute_dtype)
-            options = {**options, "num_blocks": max(1, min(sum(sorted(needs)[-max_rows:]), room))}
+            options = {**options, "num_blocks": max(1, min(sum(sorted(needs)[-max_num_seqs:]), room))}
         sampler = self.sampler(**options)
         submitted = []
         for prompt, ids, own, adapter in zip(prompts, token_ids, wanted, adapters, strict=True):
@@ -365,6 +365,12 @@ def _run_to_end(worker: Trainer | Sampler, count: int, unit: str, title: str, pr
             rate = worker.tokens_done / (perf_counter() - start)
             bar.set_postfix_str(f"{worker.num_resident} resident, {rate:,.0f} tokens/s", refresh=False)
             bar.update(0)
+
+
+def _deltas(sampler: Sampler) -> Iterator[Delta]:
+    """Step until all is done."""
+    while sampler.busy:
+        yield from sampler.step()
 
 
 def _for_each(given: Any, count: int, kind: Any, name: str, accepted: str) -> Sequence[Any]:

@@ -60,7 +60,7 @@ class PagedBatch:
     cu_seqlens: Tensor  # [S + 1] int32: sequence s has the new tokens cu_seqlens[s] .. cu_seqlens[s + 1]
     context_lens: Tensor  # [S] int32: its tokens, new ones included
     block_tables: Tensor  # [S, M] int32: its blocks, from its first token on
-    slots: Tensor  # [T] int64: block * block size + place in it, where a new token's K/V go
+    slot_mapping: Tensor  # [T] int64: block * block size + offset in it, where a new token's K/V go
     max_query: int  # most new tokens of a sequence
     max_context: int  # most tokens
     keys: Tensor  # [L, blocks, block size, K, E]
@@ -133,7 +133,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def is_list(value: Any) -> bool:
+    """True for a sequence that is no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
 def require(condition: bool, name: str, found: Any, accepted: str) -> None:
     """InputError naming the field, what was found and what is accepted, unless condition holds."""
     if not condition:
         raise InputError(f"{name}: found {found!r:.100}; accepted: {accepted}")
+
+
+def require_integers(owner: Any, **minimum: int) -> None:
+    """InputError for the first named field of `owner` that is no integer, or is below its minimum."""
+    for name, least in minimum.items():
+        value = getattr(owner, name)
+        require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")

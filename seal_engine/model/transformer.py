@@ -216,7 +216,7 @@ class Model:
             out = attention(q, k, v, *lengths, window=window, row_independent=alone)  # [T, H, E]
         else:
             keys, values = batch.keys[i], batch.values[i]
-            write_kv(k, v, keys, values, batch.slots)
+            write_kv(k, v, keys, values, batch.slot_mapping)
             places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
             options = {"row_independent": alone, "shared": batch.shared}
             out = paged_attention(q, keys, values, *places, window=window, **options)

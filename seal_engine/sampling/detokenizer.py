@@ -11,28 +11,30 @@ class Detokenizer:
     def __init__(self, decode: Decode, stops: Sequence[str]):
         self.decode = decode
         self.stops = stops
+        self.longest_stop = max(map(len, stops), default=0)
         self.ids: list[int] = []
         self.text = ""
         self.start = self.read = 0  # tokens from `start` on are decoded together; those before `read` are in the text
 
     def add(self, token: int) -> int | None:
-        """Take in a token; returns where a stop text begins, if there is one now."""
+        """Append a token. Returns where the first stop text begins, if the text holds one now."""
         self.ids.append(token)
-        known, now = self.decode(self.ids[self.start : self.read]), self.decode(self.ids[self.start :])
-        if len(now) <= len(known):
+        old_text, new_text = self.decode(self.ids[self.start : self.read]), self.decode(self.ids[self.start :])
+        if len(new_text) <= len(old_text):
             return None
-        searched = max(0, len(self.text) - max(map(len, self.stops), default=0))
-        text = self.text + now[len(known) :]
-        found = [at for stop in self.stops if (at := text.find(stop, searched)) >= 0]
-        if found or not now.endswith("\ufffd"):  # which may be part of a character
+        search_from = max(0, len(self.text) - self.longest_stop)
+        text = self.text + new_text[len(old_text) :]
+        stop_positions = [text.find(stop, search_from) for stop in self.stops]
+        stop_at = min((position for position in stop_positions if position >= 0), default=None)
+        if stop_at is not None or not new_text.endswith("\ufffd"):  # which may be part of a character
             self.text = text
             self.start, self.read = self.read, len(self.ids)
-        return min(found, default=None)
+        return stop_at
 
-    def safe(self) -> int:
-        """How much of the text no stop text can cut off, whatever follows."""
+    def stable_chars(self) -> int:
+        """Return how many characters of the text no stop text can cut off, whatever follows."""
         text = self.text
-        for start in range(max(0, len(text) - max(map(len, self.stops), default=0) + 1), len(text)):
+        for start in range(max(0, len(text) - self.longest_stop + 1), len(text)):
             if any(stop.startswith(text[start:]) for stop in self.stops):
                 return start
         return len(text)

@@ -1,16 +1,16 @@
 """The paged K/V cache: which block of memory holds whose tokens, and the memory itself.
 
-A block holds keys and values of `block_size` consecutive tokens of one sequence, in all layers. A sequence's table
-lists its blocks from its first token on. Sequences with a common beginning share blocks: a block counts its references,
-one for each table that lists it.
+A block holds keys and values of `block_size` consecutive tokens of one sequence, in all layers. The block table of a
+sequence lists its blocks from its first token on. Sequences with a common prefix share blocks: a block counts its
+references, one for each block table that lists it.
 
-Full blocks are entered in a prefix index, as nodes of a tree: a node is its parent and the tokens of its block, under a
-root that names whose K/V these are, such as an adapter's (uid, version). Looking up compares tokens, never hashes of
-them alone, and a node's number is never given out twice. A block that is indexed stays readable when its last reference
-goes, until its memory is needed: the least recently used goes first.
+Full blocks are registered in a prefix index, as nodes of a tree: a node is its parent and the tokens of its block, in a
+cache namespace that says which model computed the K/V, such as an adapter's (uid, version). A lookup compares tokens,
+never only their hashes, and a node's number is never given out twice. A registered block stays readable when its last
+reference goes, until its memory is needed: the least recently used block is evicted first.
 
-One rule makes that simple: a table lists an indexed block only behind the block of its parent. So a parent has at least
-as many references as a child and loses its last one no earlier, and the least recently used block is always a leaf.
+One rule makes that simple: a block table lists a registered block only behind the block of its parent. So a parent has
+at least as many references as a child and loses its last one no earlier: the least recently used block is a leaf.
 """
 
 from bisect import bisect_left
@@ -30,9 +30,9 @@ class OutOfBlocks(RuntimeError):  # noqa: N818 (a condition that a scheduler han
 
 
 class Key(NamedTuple):
-    """What a node is found by."""
+    """What the prefix index finds a node by."""
 
-    root: Hashable
+    cache_namespace: Hashable
     parent: int  # number of the parent's node; 0 for the first block of a sequence
     tokens: tuple[int, ...]
 
@@ -46,7 +46,7 @@ class Node(NamedTuple):
 
 
 class BlockPool:
-    """Host bookkeeping of blocks 0 .. num_blocks - 1. Every block is referenced, free, or evictable (indexed only)."""
+    """Host bookkeeping of blocks 0 .. num_blocks - 1: each is referenced, free, or evictable (registered only)."""
 
     def __init__(self, num_blocks: int, block_size: int = 16):
         """Raises InputError unless both are at least 1."""
@@ -56,17 +56,17 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._free = list(reversed(range(num_blocks)))  # a stack: low numbers go first
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._nodes: list[Node | None] = [None] * num_blocks  # each block's own; None: not indexed
+        self._nodes: list[Node | None] = [None] * num_blocks  # the node of each block; None: not registered
         self._index: dict[Key, Node] = {}
         self._numbers = count(1)
 
     @property
     def num_available(self) -> int:
-        """Blocks that allocate can give: free ones and evictable ones."""
+        """The number of blocks that `allocate` can give: free and evictable ones."""
         return len(self._free) + len(self._evictable)
 
     def allocate(self, n: int) -> list[int] | None:
-        """n blocks with one reference each, evicting as needed; None, and nothing changed, if there are not enough."""
+        """Return n blocks with one reference each, evicting as needed; None, changing nothing, if there are too few."""
         if n > self.num_available:
             return None
         blocks = []
@@ -84,15 +84,15 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One reference more on each of a table's first blocks (or all): for a sequence that continues another one."""
+        """Add a reference to each of a block table's first blocks (or all): another sequence continues them."""
         for block in blocks:
             self._check_listed(block)
             self._references[block] += 1
 
     def free(self, blocks: Sequence[int]) -> None:
-        """One reference less on each of a table's last blocks (or all), in the table's order.
+        """Remove a reference from each of a block table's last blocks (or all), given in the table's order.
 
-        The last one is given back first: it will be evicted before those that lead to it.
+        The last block is freed first, so that it is evicted before those that lead to it.
         """
         for block in reversed(blocks):
             self._check_listed(block)
@@ -103,15 +103,15 @@ class BlockPool:
                 else:
                     self._evictable[block] = None
 
-    def match(self, root: Hashable, tokens: Sequence[int]) -> list[int]:
-        """The blocks of the longest indexed beginning of tokens under root, with one reference more on each.
+    def match(self, cache_namespace: Hashable, tokens: Sequence[int]) -> list[int]:
+        """Return the blocks of the longest registered prefix of the tokens, and add a reference to each.
 
         At least one token is left to compute: a sampler needs the logits of the last one.
         """
         blocks: list[int] = []
         parent = 0
         for i in range((len(tokens) - 1) // self.block_size):
-            node = self._index.get(self._key(root, parent, tokens, i))
+            node = self._index.get(self._key(cache_namespace, parent, tokens, i))
             if node is None:
                 break
             self._evictable.pop(node.block, None)
@@ -120,39 +120,43 @@ class BlockPool:
             parent = node.number
         return blocks
 
-    def index(self, root: Hashable, tokens: Sequence[int], blocks: Sequence[int], num_computed: int) -> None:
-        """Enter a table's full blocks among its first num_computed tokens, all computed under root.
+    def register(
+        self, cache_namespace: Hashable, tokens: Sequence[int], blocks: Sequence[int], num_computed: int
+    ) -> None:
+        """Register the full blocks of a block table's first num_computed tokens in the prefix index.
 
-        Call it whenever tokens were computed: what is in the index already is skipped, by bisection. Where an equal
-        beginning is indexed with another block, that one stays and the table's own blocks stay out from there on.
+        Call it whenever tokens were computed: a bisection skips the blocks that are registered already. Where an equal
+        prefix is registered with another block, that block stays and the table's blocks stay out from there on.
         """
         full = num_computed // self.block_size
         if full > len(blocks) or full * self.block_size > len(tokens):
             raise ValueError(f"{num_computed} tokens computed, of {len(tokens)} in {len(blocks)} blocks")
+        # Registered blocks come first in a table.
         first = bisect_left(blocks, True, hi=full, key=lambda block: self._nodes[block] is None)
         last = self._nodes[blocks[first - 1]] if first else None
-        if last is not None and last.key.root != root:
-            raise ValueError(f"blocks computed under {last.key.root!r} are continued under {root!r}")
+        if last is not None and last.key.cache_namespace != cache_namespace:
+            computed_under = last.key.cache_namespace
+            raise ValueError(f"blocks computed under {computed_under!r} are continued under {cache_namespace!r}")
         parent = last.number if last is not None else 0
         for i in range(first, full):
-            key = self._key(root, parent, tokens, i)
+            key = self._key(cache_namespace, parent, tokens, i)
             if key in self._index:
                 break
             self._check_listed(blocks[i])
             parent = next(self._numbers)
             self._nodes[blocks[i]] = self._index[key] = Node(parent, key, blocks[i])
 
-    def writable(self, blocks: list[int], i: int) -> tuple[int, int] | None:
-        """Copy on write: make blocks[i] the table's own and not indexed, so that its owner may write to it.
+    def copy_on_write(self, blocks: list[int], i: int) -> tuple[int, int] | None:
+        """Make blocks[i] a block that its block table may write to: neither shared nor registered.
 
-        None if it is already. Otherwise a new block takes its place in the table, and (old, new) is returned for the
-        caller to copy K/V. Raises OutOfBlocks, and nothing changes, if there is none. A sequence is written at its end:
-        ValueError if a block that is shared or indexed follows.
+        Returns None if it is one already. Otherwise a new block replaces it in the table, and (old, new) is returned
+        for the caller to copy the K/V. Raises OutOfBlocks, changing nothing, if no block is left. A sequence is written
+        at its end: ValueError if a shared or registered block follows.
         """
         old = blocks[i]
-        if i + 1 < len(blocks) and not self._is_own(blocks[i + 1]):
+        if i + 1 < len(blocks) and not self._is_exclusive(blocks[i + 1]):
             raise ValueError(f"block {old} is to be written, but shared or indexed blocks follow: free them first")
-        if self._is_own(old):
+        if self._is_exclusive(old):
             return None
         new = self.allocate(1)
         if new is None:
@@ -162,7 +166,7 @@ class BlockPool:
         return old, new[0]
 
     def check_integrity(self, tables: Sequence[Sequence[int]]) -> None:
-        """RuntimeError naming the first block that is out of order; tables: of all live sequences."""
+        """Raise a RuntimeError that names the first inconsistent block; tables: block tables of all live sequences."""
 
         def check(condition: bool, block: int, message: str) -> None:
             if not condition:
@@ -174,8 +178,9 @@ class BlockPool:
             check(0 <= block < self.num_blocks, block, "there is no such block")
         for block, (references, node) in enumerate(zip(self._references, self._nodes, strict=True)):
             check(references == listed[block], block, f"{references} references, but {listed[block]} times in tables")
-            places = free[block] + (block in self._evictable) + (references > 0)
-            check(places == 1, block, "must be in one place: free, evictable or referenced")
+            states = [free[block] > 0, block in self._evictable, references > 0]
+            once = free[block] <= 1 and states.count(True) == 1
+            check(once, block, "must be in one place: free, evictable or referenced")
             check(references > 0 or (node is None) == bool(free[block]), block, "must be evictable if it is indexed")
             check(node is None or self._index.get(node.key) is node, block, "has a node that the index does not know")
         numbers = {node.number: node for node in self._index.values()}
@@ -186,7 +191,8 @@ class BlockPool:
             check(len(key.tokens) == self.block_size, block, f"is indexed with {len(key.tokens)} tokens")
             if key.parent:
                 parent = numbers.get(key.parent)
-                check(parent is not None and parent.key.root == key.root, block, "is indexed, but its parent is not")
+                parent_namespace = None if parent is None else parent.key.cache_namespace
+                check(parent_namespace == key.cache_namespace, block, "is indexed, but its parent is not")
                 if parent is not None and parent.block in age:
                     first = age.get(block, len(age)) < age[parent.block]
                     check(first, block, f"is indexed, but its parent {parent.block} would be evicted first")
@@ -197,21 +203,21 @@ class BlockPool:
                 check(node is None or node.key.parent == before, block, "is in a table, but not behind its parent")
                 before = -1 if node is None else node.number
 
-    def _is_own(self, block: int) -> bool:
-        """One table lists it and nothing can match it."""
+    def _is_exclusive(self, block: int) -> bool:
+        """True if one block table lists the block and no prefix can match it."""
         return self._references[block] == 1 and self._nodes[block] is None
 
     def _check_listed(self, block: int) -> None:
-        """ValueError, for it is a mistake to share, free or index what is nobody's."""
+        """Raise a ValueError if the block is in no block table: it can be neither shared, freed nor registered."""
         if block < 0 or not self._references[block]:
             raise ValueError(f"block {block} is in no table")
 
-    def _key(self, root: Hashable, parent: int, tokens: Sequence[int], i: int) -> Key:
-        return Key(root, parent, tuple(tokens[i * self.block_size : (i + 1) * self.block_size]))
+    def _key(self, cache_namespace: Hashable, parent: int, tokens: Sequence[int], i: int) -> Key:
+        return Key(cache_namespace, parent, tuple(tokens[i * self.block_size : (i + 1) * self.block_size]))
 
 
 class KVCache:
-    """keys and values [L, num_blocks, block_size, K, E] of all layers, with the pool that says whose they are."""
+    """Keys and values [L, num_blocks, block_size, K, E] of all layers, and the pool that says whose they are."""
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device, block_size: int = 16
@@ -224,7 +230,7 @@ class KVCache:
         self.keys, self.values = self._memory
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy K/V of blocks (old, new), all read before any is written. Raises ValueError if a new one is twice."""
+        """Copy the K/V of (old, new) blocks, reading all before writing any. ValueError if two new ones are equal."""
         if not pairs:
             return
         old, new = torch.tensor(pairs).T
@@ -235,5 +241,5 @@ class KVCache:
 
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype, block_size: int = 16) -> int:
-        """Memory of one block: keys and values in all layers."""
+        """Return the memory of one block: its keys and values in all layers."""
         return 2 * config.num_hidden_layers * block_size * config.key_value_size * dtype.itemsize

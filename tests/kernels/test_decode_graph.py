@@ -50,7 +50,7 @@ def step(cache, contexts, blocks, seed):
     for i, own in enumerate(blocks):
         tables[i, : len(own)] = torch.tensor(own)
     positions = torch.tensor(contexts) - 1
-    slots = tables[torch.arange(len(contexts)), positions // 16].long() * 16 + positions % 16
+    slot_mapping = tables[torch.arange(len(contexts)), positions // 16].long() * 16 + positions % 16
     put = dict(device=DEVICE)
     return PagedBatch(
         token_ids=torch.randint(53, (len(contexts),), generator=generator).to(**put),
@@ -58,7 +58,7 @@ def step(cache, contexts, blocks, seed):
         cu_seqlens=torch.arange(len(contexts) + 1, dtype=torch.int32, **put),
         context_lens=torch.tensor(contexts, dtype=torch.int32, **put),
         block_tables=tables.to(**put),
-        slots=slots.to(**put),
+        slot_mapping=slot_mapping.to(**put),
         max_query=1,
         max_context=max(contexts),
         keys=cache.keys,

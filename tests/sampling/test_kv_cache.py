@@ -28,7 +28,7 @@ class Live:
     computed: int = 0
 
 
-class Scheduler(RuleBasedStateMachine):
+class SequencesOfAPool(RuleBasedStateMachine):
     """Sequences come, are computed in chunks, grow, fork, shrink and go, with copy on write and preemption.
 
     In place of K/V, `memory` holds what they were computed from: the root, and all tokens up to and with their own.
@@ -141,10 +141,10 @@ class Scheduler(RuleBasedStateMachine):
             free, idle = self.available()
             if not own and not free and not idle:
                 with pytest.raises(OutOfBlocks):
-                    self.pool.writable(sequence.blocks, i)
+                    self.pool.copy_on_write(sequence.blocks, i)
                 assert sequence.blocks == before
                 break
-            pair = self.pool.writable(sequence.blocks, i)
+            pair = self.pool.copy_on_write(sequence.blocks, i)
             new = sequence.blocks[i]
             assert sequence.blocks == [*before[:i], new, *before[i + 1 :]]
             assert pair == (None if own else (old, new))
@@ -162,7 +162,7 @@ class Scheduler(RuleBasedStateMachine):
     @rule(number=PICK)
     def index(self, number):
         sequence = self.pick(number)
-        self.pool.index(sequence.root, sequence.tokens, sequence.blocks, sequence.computed)
+        self.pool.register(sequence.root, sequence.tokens, sequence.blocks, sequence.computed)
         for i in range(sequence.computed // self.size):
             prefix = sequence.root, tuple(sequence.tokens[: (i + 1) * self.size])
             if self.indexed.setdefault(prefix, sequence.blocks[i]) != sequence.blocks[i]:
@@ -235,8 +235,8 @@ class Scheduler(RuleBasedStateMachine):
             assert self.allocate(self.pool.num_blocks) is not None, "nothing is lost"
 
 
-TestScheduler = Scheduler.TestCase
-TestScheduler.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestBlockPool = SequencesOfAPool.TestCase
+TestBlockPool.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 
 
 def new_blocks(pool, n):
@@ -249,7 +249,7 @@ def filled(pool, root, tokens):
     """The table of a sequence that is computed and indexed as far as its blocks are full; it keeps its references."""
     table = pool.match(root, tokens)
     table += new_blocks(pool, -(-len(tokens) // pool.block_size) - len(table))
-    pool.index(root, tokens, table, len(tokens))
+    pool.register(root, tokens, table, len(tokens))
     return table
 
 
@@ -281,15 +281,24 @@ def test_shared_blocks_are_freed_by_the_last():
 
 @pytest.mark.parametrize(
     ("verb", "block"),
-    [("free", 0), ("free", 1), ("free", -1), ("share", 0), ("share", 1), ("share", -1), ("index", 0), ("index", -1)],
+    [
+        ("free", 0),
+        ("free", 1),
+        ("free", -1),
+        ("share", 0),
+        ("share", 1),
+        ("share", -1),
+        ("register", 0),
+        ("register", -1),
+    ],
 )
-def test_only_blocks_in_use_are_shared_freed_or_indexed(verb, block):
+def test_only_blocks_in_use_are_shared_freed_or_registered(verb, block):
     """Block 0 is free, block 1 evictable, and -1 must not count from the end, where a block is in use."""
     pool = BlockPool(3, block_size=1)
     blocks = new_blocks(pool, 3)
-    pool.index("base", [5, 6], blocks[1:2], 1)
+    pool.register("base", [5, 6], blocks[1:2], 1)
     pool.free(blocks[:2])
-    verbs = {"free": pool.free, "share": pool.share, "index": lambda table: pool.index("other", [5], table, 1)}
+    verbs = {"free": pool.free, "share": pool.share, "register": lambda table: pool.register("other", [5], table, 1)}
     with pytest.raises(ValueError, match=f"block {block} is in no table"):
         verbs[verb]([block])
     pool.check_integrity([blocks[2:]])
@@ -308,7 +317,7 @@ def test_match_takes_whole_blocks_and_leaves_a_token():
         pool.free(found)
 
 
-def test_match_stays_under_its_root():
+def test_match_stays_in_its_cache_namespace():
     pool = BlockPool(8, block_size=2)
     table = filled(pool, (7, 0), [1, 2, 3])
     assert pool.match((7, 1), [1, 2, 3]) == []
@@ -361,12 +370,12 @@ def test_an_evicted_parent_leaves_nothing_behind():
     pool.check_integrity([table, found])
 
 
-def test_index_keeps_what_is_there_and_goes_on_once_it_is_gone():
+def test_register_keeps_what_is_there_and_goes_on_once_it_is_gone():
     pool = BlockPool(4, block_size=1)
     tokens = [1, 2]
     first, second = new_blocks(pool, 1), new_blocks(pool, 2)  # computed side by side: neither could match the other
-    pool.index("base", tokens, first, 1)
-    pool.index("base", tokens, second, 2)
+    pool.register("base", tokens, first, 1)
+    pool.register("base", tokens, second, 2)
     found = pool.match("base", [1, 2, 3])
     assert found == first
     pool.check_integrity([first, second, found])
@@ -374,16 +383,16 @@ def test_index_keeps_what_is_there_and_goes_on_once_it_is_gone():
     pool.free(found)
     spare = new_blocks(pool, 2)
     assert first[0] in spare
-    pool.index("base", tokens, second, 2)
+    pool.register("base", tokens, second, 2)
     assert pool.match("base", [1, 2, 3]) == second
 
 
-def test_index_enters_what_is_computed_and_full():
+def test_register_takes_what_is_computed_and_full():
     pool = BlockPool(4, block_size=2)
     tokens = [1, 2, 3, 4, 5]
     table = new_blocks(pool, 3)
     for computed, blocks in [(0, 0), (1, 0), (2, 1), (3, 1), (3, 1), (4, 2), (5, 2)]:
-        pool.index("base", tokens, table, computed)
+        pool.register("base", tokens, table, computed)
         found = pool.match("base", [*tokens, 6])
         assert found == table[:blocks]
         pool.free(found)
@@ -400,33 +409,33 @@ class Counted(list):
         return part
 
 
-def test_index_of_a_growing_sequence_is_cheap():
+def test_register_of_a_growing_sequence_is_cheap():
     """Each token is read once; of its blocks, a logarithm of them a call."""
     pool = BlockPool(64, block_size=4)
     tokens, table = Counted(range(256)), Counted(new_blocks(pool, 64))
     for computed in range(257):
-        pool.index("base", tokens, table, computed)
+        pool.register("base", tokens, table, computed)
     assert tokens.reads == 256
     assert table.reads <= 257 * 10
     assert pool.match("base", [*range(256), 0]) == table
 
 
-def test_index_refuses_what_cannot_be():
+def test_register_rejects_what_cannot_be():
     pool = BlockPool(4, block_size=2)
     table = new_blocks(pool, 2)
     for tokens, blocks in (([1, 2, 3], table), ([1, 2, 3, 4], table[:1])):
         with pytest.raises(ValueError, match="4 tokens computed"):
-            pool.index("base", tokens, blocks, 4)
-    pool.index((7, 0), [1, 2, 3, 4], table, 2)
+            pool.register("base", tokens, blocks, 4)
+    pool.register((7, 0), [1, 2, 3, 4], table, 2)
     with pytest.raises(ValueError, match=r"under \(7, 0\) are continued under \(7, 1\)"):
-        pool.index((7, 1), [1, 2, 3, 4], table, 4)
+        pool.register((7, 1), [1, 2, 3, 4], table, 4)
     pool.check_integrity([table])
 
 
 def test_a_block_of_its_own_is_written_in_place():
     pool = BlockPool(1)
     table = new_blocks(pool, 1)
-    assert pool.writable(table, 0) is None
+    assert pool.copy_on_write(table, 0) is None
     assert table == [0]
 
 
@@ -436,18 +445,18 @@ def test_a_shared_block_is_copied():
     fork = list(table)
     pool.share(fork)
     old = table[1]
-    assert pool.writable(fork, 1) == (old, fork[1])
+    assert pool.copy_on_write(fork, 1) == (old, fork[1])
     assert fork[0] == table[0]
     assert fork[1] not in table
     pool.check_integrity([table, fork])
-    assert pool.writable(table, 1) is None
+    assert pool.copy_on_write(table, 1) is None
 
 
 def test_an_indexed_block_is_copied_and_stays():
     pool = BlockPool(2, block_size=1)
     table = filled(pool, "base", [1])
     old = table[0]
-    assert pool.writable(table, 0) == (old, table[0])
+    assert pool.copy_on_write(table, 0) == (old, table[0])
     pool.check_integrity([table])
     assert pool.match("base", [1, 2]) == [old]
 
@@ -456,7 +465,7 @@ def test_out_of_blocks_changes_nothing():
     pool = BlockPool(1, block_size=1)
     table = filled(pool, "base", [1])
     with pytest.raises(OutOfBlocks, match="all 1 blocks"):
-        pool.writable(table, 0)
+        pool.copy_on_write(table, 0)
     assert table == [0]
     pool.check_integrity([table])
 
@@ -467,12 +476,12 @@ def test_only_the_end_of_a_sequence_is_written(how):
     pool = BlockPool(6, block_size=1)
     table = new_blocks(pool, 2)
     if how == "indexed":
-        pool.index("base", [1, 2], table, 2)
+        pool.register("base", [1, 2], table, 2)
     else:
         pool.share(table)
     before = list(table)
     with pytest.raises(ValueError, match=f"block {table[0]} is to be written, but"):
-        pool.writable(table, 0)
+        pool.copy_on_write(table, 0)
     assert table == before
 
 
@@ -480,8 +489,8 @@ def broken_pool():
     """Block 0 is free, 1 <- 2 evictable, 3 <- 4 indexed in a table, 5 in it alone."""
     pool = BlockPool(6, block_size=1)
     spare, idle, table = new_blocks(pool, 1), new_blocks(pool, 2), new_blocks(pool, 3)
-    pool.index("base", [1, 2], idle, 2)
-    pool.index("base", [3, 4, 5], table, 2)
+    pool.register("base", [1, 2], idle, 2)
+    pool.register("base", [3, 4, 5], table, 2)
     pool.free(idle)
     pool.free(spare)
     pool.check_integrity([table])
@@ -516,7 +525,7 @@ def move(pool, block, **fields):
         (2, lambda pool, table: pool._index.update({pool._nodes[2].key: pool._nodes[2]._replace(block=1)})),
         (5, lambda pool, table: pool._index.update({("base", 0, (8,)): pool._nodes[4]._replace(block=5)})),
         (4, lambda pool, table: pool._index.pop(pool._nodes[3].key) and pool._nodes.__setitem__(3, None)),
-        (4, lambda pool, table: move(pool, 4, root="other")),
+        (4, lambda pool, table: move(pool, 4, cache_namespace="other")),
         (4, lambda pool, table: move(pool, 4, parent=99)),
         (4, lambda pool, table: move(pool, 4, parent=0)),
         (4, lambda pool, table: move(pool, 4, tokens=(4, 5))),

@@ -214,9 +214,9 @@ def test_tokens_are_drawn_from_the_filtered_distribution(temperature, top_k, top
     (ids,) = oracle.sequences([21])
     p = filtered(sharp.logits([ids])[0][-1], temperature, top_k, top_p)
     fields = dict(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=1)
-    samples = sharp.generate([ids], params(n=2500, seed=3, **fields), progress=False, max_rows=1000)
+    samples = sharp.generate([ids], params(n=2500, seed=3, **fields), progress=False, max_num_seqs=1000)
     seeds = [params(seed=seed, **fields) for seed in range(1500)]
-    requests = sharp.generate([ids] * 1500, seeds, progress=False, max_rows=1500)
+    requests = sharp.generate([ids] * 1500, seeds, progress=False, max_num_seqs=1500)
     for outs in (samples, requests):
         drawn = [completion.token_ids[0] for out in outs for completion in out.outputs]
         check_counts(torch.bincount(torch.tensor(drawn), minlength=VOCABULARY), p)
@@ -234,7 +234,7 @@ def test_tokens_of_a_completion_are_independent_draws(sharp):
             for (before, probability), p in zip(joint.items(), following, strict=True)
             for token in p.nonzero().squeeze(1).tolist()
         }
-    (out,) = sharp.generate([ids], params(n=3000, top_k=3, max_tokens=3, seed=1), progress=False, max_rows=3000)
+    (out,) = sharp.generate([ids], params(n=3000, top_k=3, max_tokens=3, seed=1), progress=False, max_num_seqs=3000)
     found = Counter(tuple(completion.token_ids) for completion in out.outputs)
     assert set(found) <= set(joint)
     check_counts(torch.tensor([found[t] for t in joint]), torch.tensor(list(joint.values()), dtype=torch.double))
@@ -264,12 +264,12 @@ def test_a_huge_temperature_is_uniform(temperature, engine):
 
 SETTINGS = {
     "all at once": dict(),
-    "one row": dict(max_rows=1),
-    "three tokens a step": dict(budget=3, max_rows=4),
+    "one row": dict(max_num_seqs=1),
+    "three tokens a step": dict(budget=3, max_num_seqs=4),
     "seven tokens a step": dict(budget=7),
     "few blocks": dict(num_blocks=11),
     "few blocks, seven tokens": dict(num_blocks=10, budget=7),
-    "few blocks, four rows": dict(num_blocks=14, max_rows=4, budget=50),
+    "few blocks, four rows": dict(num_blocks=14, max_num_seqs=4, budget=50),
 }
 
 
@@ -289,8 +289,8 @@ def test_company_changes_no_bit(label, exact, requests, results):
     """Tokens and log-probabilities, from a cold cache and from a warm one, in two orders; memory never written."""
     preempted = Counter()
     made = sampler(exact, **SETTINGS[label])
-    original = made._preempt
-    made._preempt = lambda row: (preempted.update([row]), original(row))
+    original = made.scheduler.preempt
+    made.scheduler.preempt = lambda row: (preempted.update([row]), original(row))
     made.cache.keys.fill_(math.nan)
     made.cache.values.fill_(math.nan)
     assert run(made, requests) == results
@@ -301,7 +301,7 @@ def test_company_changes_no_bit(label, exact, requests, results):
 def test_generate_is_the_sampler(exact, requests, results):
     prompts, own, adapters = (list(column) for column in zip(*requests, strict=True))
     assert exact.generate(prompts, own, adapters, progress=False) == results
-    assert exact.generate(prompts, own, adapters, progress=False, max_rows=2, num_blocks=12) == results
+    assert exact.generate(prompts, own, adapters, progress=False, max_num_seqs=2, num_blocks=12) == results
 
 
 @pytest.mark.parametrize("label", ["all at once", "seven tokens a step", "few blocks, four rows"])
@@ -436,14 +436,14 @@ def test_prompt_logprobs_of_a_prompt_that_was_preempted(exact):
     long, short = oracle.sequences([150, 58], seed=8)
     made = sampler(exact, num_blocks=14, budget=8)
     scored, preempted = [], set()
-    original = made._preempt
+    original = made.scheduler.preempt
 
     def preempt(row):
         scored.append(len(row.request.output.prompt_logprobs or []))
         preempted.add(row.request.request_id)
         original(row)
 
-    made._preempt = preempt
+    made.scheduler.preempt = preempt
     requests = [(short, params(max_tokens=30, seed=0), None), (long, params(prompt_logprobs=True, seed=1), None)]
     outs = run(made, requests)
     assert any(0 < n < 149 for n in scored), scored
@@ -499,8 +499,8 @@ def test_samples_share_their_prompt(exact):
     (ids,) = oracle.sequences([100])
     requests = [(ids, params(n=8, max_tokens=10, seed=1), None)]
     wanted = alone(exact, requests)
-    for max_rows, expected in ((8, 100 + 8 * 9), (3, 100 + 8 * 9 + 5 * 4)):
-        made = sampler(exact, max_rows=max_rows)
+    for max_num_seqs, expected in ((8, 100 + 8 * 9), (3, 100 + 8 * 9 + 5 * 4)):
+        made = sampler(exact, max_num_seqs=max_num_seqs)
         assert run(made, requests) == wanted
         assert made.tokens_computed == expected
         assert made.tokens_done == 80
@@ -562,7 +562,7 @@ def test_rows_keep_their_order_when_their_adapter_is_trained(checkpoint):
     for _ in range(2):
         train(engine, adapter)
         made.step()
-        assert [row.request.request_id for row in made._running] == [0, 1, 2]
+        assert [row.request.request_id for row in made.scheduler.running] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 9])
@@ -620,7 +620,7 @@ def test_prompt_logprobs_are_of_one_model(preempted, checkpoint):
         made.step()
     assert 0 < len(made.output(i).prompt_logprobs) < 59
     if preempted:
-        made._preempt(next(iter(made._running)))
+        made.scheduler.preempt(next(iter(made.scheduler.running)))
     train(engine, adapter)
     (out,) = finish(made, [i])
     assert out.prompt_logprobs == pytest.approx(engine.score([ids], adapters=adapter)[0].tolist(), abs=1e-5)
@@ -646,12 +646,15 @@ def of_each(exact):
 
 @settings(max_examples=20, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck))
 @given(
-    events=EVENTS, num_blocks=st.integers(4, 12), max_rows=st.integers(1, 8), budget=st.sampled_from([5, 17, 40, 2048])
+    events=EVENTS,
+    num_blocks=st.integers(4, 12),
+    max_num_seqs=st.integers(1, 8),
+    budget=st.sampled_from([5, 17, 40, 2048]),
 )
-def test_whatever_is_asked_for_is_finished(events, num_blocks, max_rows, budget, exact, of_each):
+def test_whatever_is_asked_for_is_finished(events, num_blocks, max_num_seqs, budget, exact, of_each):
     """Requests come and are cancelled at any time, with few blocks: nothing is lost, and none changes another's."""
     adapters, known = of_each
-    made = sampler(exact, num_blocks=num_blocks, budget=budget, max_rows=max_rows)
+    made = sampler(exact, num_blocks=num_blocks, budget=budget, max_num_seqs=max_num_seqs)
     asked, cancelled = [], set()
     for kind, *values in events:
         if kind == "add":
@@ -666,7 +669,7 @@ def test_whatever_is_asked_for_is_finished(events, num_blocks, max_rows, budget,
         elif kind == "step":
             for _ in range(values[0]):
                 made.step()
-                assert len(made._running) <= max_rows
+                assert len(made.scheduler.running) <= max_num_seqs
                 made.check_integrity()
         elif values[0] < len(asked):
             done = made.poll(values[0])
@@ -824,7 +827,7 @@ def test_streaming_is_generating(talker):
     adapters = [None, adapter, adapter, None]
     outs = talker.generate(prompts, own, adapters, progress=False)
     found = defaultdict(lambda: ([], "", None))
-    for delta in talker.stream(prompts, own, adapters, num_blocks=12, max_rows=4):
+    for delta in talker.stream(prompts, own, adapters, num_blocks=12, max_num_seqs=4):
         ids, text, reason = found[delta.request_id, delta.index]
         assert reason is None
         found[delta.request_id, delta.index] = (ids + delta.token_ids, text + delta.text, delta.finish_reason)
@@ -992,9 +995,9 @@ def test_a_hook_that_fails_fails_its_request_alone(label, exact):
     hook, message = FAILING_HOOKS[label]
     good = [([4, 5, 6], params(n=2, seed=1), None), (oracle.sequences([40])[0], params(seed=2), None)]
     wanted = alone(exact, good)
-    for n, max_rows in ((2, 256), (5, 3)):
+    for n, max_num_seqs in ((2, 256), (5, 3)):
         bad = ([1, 2, 3], params(n=n, logits_hook=hook, seed=3), None)
-        failed, *others = run(sampler(exact, budget=30, max_rows=max_rows), [bad, *good])
+        failed, *others = run(sampler(exact, budget=30, max_num_seqs=max_num_seqs), [bad, *good])
         assert others == wanted
         assert message in failed.error
         lengths = [len(completion.token_ids) for completion in failed.outputs]
@@ -1019,7 +1022,7 @@ def test_a_step_that_is_interrupted_is_made_again(where, exact, monkeypatch):
 
         return call
 
-    made = sampler(exact, max_rows=3)
+    made = sampler(exact, max_num_seqs=3)
     if where == "hook":
         requests[1] = ([5], params(seed=2, logits_hook=interrupted(lambda tokens, logits: logits)), None)
     else:
@@ -1047,7 +1050,7 @@ def test_requests_are_cancelled_at_any_time(exact):
     requests = [(ids, p, None) for ids, p in zip(prompts, own, strict=True)]
     wanted = alone(exact, requests)
     for steps, k in product((0, 1, 2, 3, 5, 8, 12), range(3)):
-        made = sampler(exact, num_blocks=12, budget=30, max_rows=4)
+        made = sampler(exact, num_blocks=12, budget=30, max_num_seqs=4)
         ids = [made.add_request(None, *request) for request in requests]
         for _ in range(steps):
             made.step()
@@ -1193,10 +1196,10 @@ def test_an_adapter_of_another_model_fails_alone(engine, checkpoint):
         (([[1]], None, 5), {}, "adapters: found int"),
         (([[1]],), dict(num_blocks=0), "num_blocks: found 0"),
         (([[1]],), dict(num_blocks=1.5), r"num_blocks: found 1\.5"),
-        (([[1]],), dict(max_rows=0), "max_rows: found 0"),
-        (([[1]],), dict(max_rows=-3), "max_rows: found -3"),
-        (([[1]],), dict(max_rows=1.5), r"max_rows: found 1\.5"),
-        (([[1]],), dict(max_rows="all"), "max_rows: found 'all'"),
+        (([[1]],), dict(max_num_seqs=0), "max_num_seqs: found 0"),
+        (([[1]],), dict(max_num_seqs=-3), "max_num_seqs: found -3"),
+        (([[1]],), dict(max_num_seqs=1.5), r"max_num_seqs: found 1\.5"),
+        (([[1]],), dict(max_num_seqs="all"), "max_num_seqs: found 'all'"),
     ],
 )
 def test_calls_that_are_refused(arguments, options, message, engine):
@@ -1253,7 +1256,7 @@ def jobs():
 
 def test_training_and_sampling_take_turns(exact, requests, results):
     """Both give what they give apart; adapters are sampled from while they are trained, and when they are done."""
-    trainer, made = exact.trainer(token_budget=40), sampler(exact, num_blocks=14, budget=48, max_rows=6)
+    trainer, made = exact.trainer(token_budget=40), sampler(exact, num_blocks=14, budget=48, max_num_seqs=6)
     trained = exact.train(jobs(), progress=False, token_budget=40)
     job_ids = [trainer.submit(job) for job in jobs()]
     ids = [made.add_request(None, *request) for request in requests]
@@ -1278,12 +1281,12 @@ def test_training_and_sampling_take_turns(exact, requests, results):
     assert run(made, after) == alone(exact, fresh)
 
 
-def test_a_forgotten_request_leaves_nothing(exact):
+def test_a_released_request_leaves_nothing(exact):
     sampler = exact.sampler(num_blocks=20)
     first = sampler.add_request(None, [1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
     second = sampler.add_request(None, [1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
     sampler.step()
-    sampler.forget(first)
+    sampler.release(first)
     sampler.check_integrity()
     with pytest.raises(InputError, match="request_id"):
         sampler.poll(first)
