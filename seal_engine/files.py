@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from seal_engine.types import InputError
 
@@ -51,16 +52,52 @@ def read_json(file: Path, required: bool = True) -> dict[str, Any]:
     return value
 
 
-def replace_file(file: Path, content: bytes) -> Path:
-    """The file appears whole or not at all."""
+def strict_json(text: str) -> Any:
+    """What JSON text holds. ValueError for anything else: NaN and infinities, and a key twice in one object, too."""
+    return json.loads(text, parse_constant=_no_number, object_pairs_hook=_object)
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):  # nobody can say which of the two was meant
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r:.80} twice in one object")
+    return value
+
+
+@contextmanager
+def complete_file(file: Path) -> Iterator[Path]:
+    """A name to write to; it becomes `file`, its bytes on the disk, if the block succeeds, and vanishes if it fails."""
     partial = file.with_name(f"{PARTIAL}{os.getpid()}.{file.name}")
     try:
-        partial.write_bytes(content)
-        return partial.replace(file)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror}") from None
+        yield partial
+        flush(partial)  # a power cut must not leave the new name on an empty file
+        partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_file(file: Path, content: bytes) -> Path:
+    """Write a file that appears whole or not at all. InputError where it cannot be written."""
+    try:
+        with complete_file(file) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}") from None
+    return file
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

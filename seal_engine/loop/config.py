@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob, TrainSequence
-from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, setting
+from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, require_integers, setting
 
 KEEP = ("best", "gain", "top")
 UPDATES = ("merge", "adapter")
@@ -50,9 +50,7 @@ class LoopConfig:
         require(plain and len(set(seeds)) == len(seeds), "seeds", seeds, "different integers >= 0")
         minimum = {name: 1 for name, kind in type(self).__annotations__.items() if kind is int}
         minimum |= {"rounds": 0, "continued_pretraining": 0, "resamples": 0}
-        for name, least in minimum.items():
-            value = getattr(self, name)
-            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+        require_integers(self, **minimum)
         for name in ("keep_fraction", "max_ungraded"):
             value = getattr(self, name)
             require(is_number(value) and 0 <= value <= 1, name, value, "0 to 1")

@@ -212,12 +212,3 @@ def is_nan(value: Any) -> bool:
 def now() -> str:
     """The time, UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,12 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from seal_engine.files import PARTIAL, complete_directory, show
+from seal_engine.files import PARTIAL, complete_directory, complete_file, flush, show
 from seal_engine.loop.database import (
     SCHEMA_VERSION,
     connect,
     create,
-    flush,
     from_column,
     is_nan,
     lock,
@@ -304,10 +303,8 @@ class Ledger:
         text = b"".join(map(_line, self.metrics()))
         file = self.directory / METRICS
         if not (file.exists() and file.read_bytes() == text):
-            partial = self.directory / f"{PARTIAL}{METRICS}"
-            partial.write_bytes(text)
-            flush(partial)
-            partial.replace(file)
+            with complete_file(file) as partial:
+                partial.write_bytes(text)
         self._metrics_bytes = len(text)
 
 

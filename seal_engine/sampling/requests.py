@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from seal_engine.types import is_integer, is_number, require
+from seal_engine.types import is_integer, is_number, require, require_integers
 
 # Called before each token with the completion's tokens so far and the logits [V]; returns what to draw from.
 LogitsHook = Callable[[list[int], Tensor], Tensor]
@@ -30,9 +30,7 @@ class SamplingParams:
     logits_hook: LogitsHook | None = None
 
     def __post_init__(self):
-        for name, least in (("n", 1), ("top_k", 0), ("min_tokens", 0)):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+        require_integers(self, n=1, top_k=0, min_tokens=0)
         most = self.max_tokens
         require(most is None or (is_integer(most) and most >= 1), "max_tokens", most, "None or an integer >= 1")
         require(most is None or self.min_tokens <= most, "min_tokens", self.min_tokens, "at most max_tokens")

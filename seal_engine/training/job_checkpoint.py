@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from seal_engine.files import complete_file
 from seal_engine.training.schedule import JobState
 from seal_engine.types import InputError
 
@@ -40,12 +40,9 @@ def save_checkpoint(state: JobState) -> None:
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / "checkpoint.safetensors.partial"
-        save_file(tensors, partial, metadata={"fingerprint": _fingerprint(state)})
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())  # a power cut must not leave the new name on an empty file
-        os.replace(partial, directory / "checkpoint.safetensors")
-    except OSError as error:
+        with complete_file(directory / "checkpoint.safetensors") as partial:
+            save_file(tensors, partial, metadata={"fingerprint": _fingerprint(state)})
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise InputError(f"checkpoint_dir: {directory}: cannot be written: {error}") from None
 
 

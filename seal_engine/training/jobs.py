@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from seal_engine.model.adapters import Adapter
-from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
+from seal_engine.types import InputError, LoraConfig, is_integer, is_list, is_number, require, require_integers
 
 SCHEDULERS = ("linear", "cosine", "constant")
 
@@ -55,21 +55,19 @@ class TrainJob:
         self.lora.check()
         AdamParams(self.learning_rate, self.betas, self.eps, self.weight_decay, self.max_grad_norm).check()
         require(self.lr_scheduler in SCHEDULERS, "lr_scheduler", self.lr_scheduler, f"one of {list(SCHEDULERS)}")
-        for name, least in (
-            ("warmup_steps", 0),
-            ("num_epochs", 1),
-            ("batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("checkpoint_every", 1),
-        ):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+        require_integers(
+            self, warmup_steps=0, num_epochs=1, batch_size=1, gradient_accumulation_steps=1, checkpoint_every=1
+        )
         seed = self.seed
         require(seed is None or (is_integer(seed) and 0 <= seed < 2**63), "seed", seed, "None or an integer >= 0")
         place = self.checkpoint_dir
         require(place is None or isinstance(place, str | Path), "checkpoint_dir", place, "None or a path")
-        plain = isinstance(self.sequences, Sequence) and not isinstance(self.sequences, str)
-        require(plain and len(self.sequences) > 0, "sequences", self.sequences, "a list of at least one sequence")
+        require(
+            is_list(self.sequences) and len(self.sequences) > 0,
+            "sequences",
+            self.sequences,
+            "a list of at least one sequence",
+        )
 
 
 def min_sequential_steps(job: TrainJob) -> int:

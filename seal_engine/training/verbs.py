@@ -16,7 +16,7 @@ from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
 from seal_engine.training.jobs import AdamParams, Datum, DatumResult
 from seal_engine.training.losses import datum_loss
-from seal_engine.types import InputError, PackedBatch, chunks, require
+from seal_engine.types import InputError, PackedBatch, chunks, is_list, require
 from seal_kernels.adamw import Hyper, adamw_step
 
 
@@ -57,8 +57,7 @@ def forward_backward(
     Any mix of adapters, sequences and losses. Calls accumulate until `optim_step`. Raises InputError naming the datum
     before anything is computed; where a callable loss fails, all gradients are as they were before the call.
     """
-    plain = isinstance(data, Sequence) and not isinstance(data, str)
-    require(plain, "data", data, "a list of Datum")
+    require(is_list(data), "data", data, "a list of Datum")
     for i, datum in enumerate(data):
         _check_datum(datum, f"data[{i}]", model)
     parts = list(chunks([len(datum.token_ids) for datum in data], token_budget))
@@ -104,8 +103,7 @@ def optim_step(steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
     Returns each adapter's gradient norm before clipping. An adapter whose norm is not finite stays as it is, but for
     its gradients. Raises InputError naming the entry: an adapter without gradients, or twice.
     """
-    plain = isinstance(steps, Sequence) and not isinstance(steps, str)
-    require(plain, "steps", steps, "a list of (Adapter, AdamParams)")
+    require(is_list(steps), "steps", steps, "a list of (Adapter, AdamParams)")
     seen: set[int] = set()
     for i, entry in enumerate(steps):
         pair = isinstance(entry, Sequence) and len(entry) == 2

@@ -83,7 +83,7 @@ NO_JSON = {
     TEXT.replace("0.0001", "-Infinity"): "not JSON: -Infinity is no number",
     TEXT.replace("0.0001", "9" * 5000): "not JSON: Exceeds the limit",
     TEXT.replace("0.0001", ".0001"): "not JSON: Expecting value",
-    TEXT.replace("}}", ',"strategy": "train_using_all_tokens"}}'): "found the key str 'strategy' twice; accepted: each",
+    TEXT.replace("}}", ',"strategy": "train_using_all_tokens"}}'): "not JSON: the key 'strategy' twice in one object",
     "[" * 10**5: "not JSON: ",
     "[]": r"found list \[\]; accepted: one JSON object",
     "null": "found NoneType None; accepted: one JSON object",

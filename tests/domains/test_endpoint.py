@@ -39,7 +39,7 @@ class Handler(BaseHTTPRequestHandler):
             number = self.server.times[prompt]
             self.server.times[prompt] += 1
             self.server.working += 1
-            self.server.most_working = max(self.server.most_working, self.server.working)
+            self.server.max_working = max(self.server.max_working, self.server.working)
         steps = self.server.script.get(prompt, [answer(f"re: {prompt}")])
         step = steps[min(number, len(steps) - 1)]
         try:
@@ -70,7 +70,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[tuple[str, dict, dict]] = []
         self.times: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self.working = self.most_working = 0
+        self.working = self.max_working = 0
         self.closing = threading.Event()
 
     def handle_error(self, request, client_address):
@@ -190,7 +190,7 @@ def test_empty_lists_and_texts(server, endpoint):
 def test_no_more_requests_at_once_than_allowed(server, endpoint, concurrency):
     server.script = {f"{i}": [lambda h: (time.sleep(0.02), h.reply(answer("x")))] for i in range(12)}
     complete(replace(endpoint, concurrency=concurrency), list(server.script))
-    assert server.most_working == concurrency
+    assert server.max_working == concurrency
 
 
 # What goes wrong
@@ -290,7 +290,7 @@ def test_no_such_host(monkeypatch):
         ("0", 0, 1),
         ("0.4", 0.4, 2),
         ("1", 1, 2.5),
-        ("3600", 1.5, 3),  # as long as most_wait allows
+        ("3600", 1.5, 3),  # as long as max_wait allows
         ("later", 0, 1),
         ("-5", 0, 1),
         ("9" * 400, 0, 1),  # no number of seconds
@@ -303,7 +303,7 @@ def test_retry_after(server, endpoint, header, least, most):
     if header == "a date":
         header = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     server.script = {"a": [fails(429, Retry_After=header), answer("ok")]}
-    replies, seconds = timed(replace(endpoint, most_wait=1.5), ["a"])
+    replies, seconds = timed(replace(endpoint, max_wait=1.5), ["a"])
     assert replies == [Reply("ok")]
     assert least <= seconds < most
 
@@ -311,7 +311,7 @@ def test_retry_after(server, endpoint, header, least, most):
 def test_waits_double_and_are_bounded(server, endpoint, monkeypatch):
     waits = []
     monkeypatch.setattr(threading.Event, "wait", lambda event, timeout=None: waits.append(timeout))
-    call = module._Call(replace(endpoint, backoff=1.0, attempts=9, most_wait=20.0), None)
+    call = module._Call(replace(endpoint, backoff=1.0, attempts=9, max_wait=20.0), None)
     monkeypatch.setattr(call, "_post", lambda body: (503, None, b""))
     assert call.ask(b"").error == "HTTP 503: "
     assert len(waits) == 8
@@ -360,7 +360,7 @@ def test_interrupted_no_more_is_sent(server, endpoint, monkeypatch):
 
 
 def test_an_interrupted_wait_ends(server, endpoint):
-    call = module._Call(replace(endpoint, backoff=100.0, most_wait=100.0), KEY)
+    call = module._Call(replace(endpoint, backoff=100.0, max_wait=100.0), KEY)
     server.script = {"a": [fails(500)]}
     replies = []
     body = json.dumps({"prompt": "a"}).encode()
@@ -473,7 +473,7 @@ BUILT = {
     "attempts": [0, 1.0, 10**9, "5"],
     "timeout": [0, -1, float("inf"), float("nan"), "60", None],
     "backoff": [-0.1, float("inf"), None],
-    "most_wait": [-1, 10**6, "1"],
+    "max_wait": [-1, 10**6, "1"],
     "chat": [1, None],
     "fields": [None, [("top_p", 1)], "top_p"],
 }

@@ -404,7 +404,7 @@ def test_without_matplotlib(whole, tmp_path, without_matplotlib):
 
 def test_another_import_that_fails_is_not_taken_for_matplotlib(whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "seal_engine.report.plots", None)
-    with pytest.raises(ModuleNotFoundError, match="report.plots"):
+    with pytest.raises(ModuleNotFoundError, match=r"report\.plots"):
         write_report(whole[0])
 
 

@@ -11,15 +11,14 @@ is no number, 2.0 no integer, "true" no boolean), a number that is not finite or
 
 import json
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NoReturn
+from typing import Any
 
-from seal_engine.files import show
+from seal_engine.files import show, strict_json
 from seal_engine.types import is_integer, is_number
 
 ALL_TOKENS, OUTPUT_TOKENS = STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
-MOST_EPOCHS = 375  # over two training tasks, in batches of two, this is the recipe's bound on steps
+MAX_EPOCHS = 375  # over two training tasks, in batches of two, this is the recipe's bound on steps
 FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 
@@ -54,8 +53,8 @@ class Directive:
         _require(self.strategy in STRATEGIES, "strategy", self.strategy, " or ".join(STRATEGIES))
         rate, epochs = self.learning_rate, self.num_train_epochs
         _require(is_number(rate) and 0 < rate <= 1, "learning_rate", rate, "a number above 0, at most 1")
-        wanted = is_integer(epochs) and 1 <= epochs <= MOST_EPOCHS
-        _require(wanted, "num_train_epochs", epochs, f"an integer 1 to {MOST_EPOCHS}")
+        wanted = is_integer(epochs) and 1 <= epochs <= MAX_EPOCHS
+        _require(wanted, "num_train_epochs", epochs, f"an integer 1 to {MAX_EPOCHS}")
         object.__setattr__(self, "learning_rate", float(rate))  # 1 and 1.0 are the same, in to_json too
 
     @property
@@ -79,9 +78,7 @@ def parse(text: str) -> Directive:
     stripped = text.strip()
     fenced = FENCE.fullmatch(stripped)
     try:
-        document = json.loads(fenced[1] if fenced else stripped, parse_constant=_constant, object_pairs_hook=_object)
-    except DirectiveError:
-        raise
+        document = strict_json(fenced[1] if fenced else stripped)
     except (ValueError, RecursionError) as error:
         raise NoJSONError(f"not JSON: {error}") from None
     if not isinstance(document, dict):
@@ -108,15 +105,3 @@ def _members(found: dict[str, Any], place: str, names: tuple[str, ...]) -> dict[
 def _require(condition: bool, place: str, found: Any, accepted: str) -> None:
     if not condition:
         raise ChoiceError(f"{place}: found {show(found)}; accepted: {accepted}")
-
-
-def _constant(name: str) -> NoReturn:
-    raise NoJSONError(f"not JSON: {name} is no number")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):  # which of the two was meant?
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise NoJSONError(f"found the key {show(key)} twice; accepted: each key once in an object")
-    return made

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from seal_engine.domains.few_shot.directive import DATA_GENERATION, MOST_EPOCHS, NAMES, SCHEMA, STRATEGIES
+from seal_engine.domains.few_shot.directive import DATA_GENERATION, MAX_EPOCHS, NAMES, SCHEMA, STRATEGIES
 from seal_engine.types import InputError, require
 
 DIGITS = "0123456789"
@@ -64,7 +64,7 @@ def _directive() -> int:
     values = dict.fromkeys(DATA_GENERATION, partial(_words, ("true", "false"))) | {
         "strategy": partial(_words, [json.dumps(one) for one in STRATEGIES]),
         "learning_rate": _learning_rate,
-        "num_train_epochs": partial(_words, [str(n) for n in range(1, MOST_EPOCHS + 1)]),
+        "num_train_epochs": partial(_words, [str(n) for n in range(1, MAX_EPOCHS + 1)]),
     }
     blank = json.dumps({part: dict.fromkeys(names) for part, names in SCHEMA.items()})
     *texts, end = blank.split("null")

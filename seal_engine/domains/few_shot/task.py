@@ -19,7 +19,7 @@ from seal_engine.engine import Engine
 from seal_engine.loop.domain import Candidate, InvalidSelfEditError, Prompt, SelfEditSource
 from seal_engine.sampling.requests import LogitsHook, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob
-from seal_engine.types import LoraConfig, is_integer, require, setting
+from seal_engine.types import LoraConfig, is_integer, require, require_integers, setting
 
 # What the published recipe sets otherwise than for the knowledge task: see LoopConfig.
 PUBLISHED = {
@@ -67,12 +67,16 @@ class FewShotConfig:
     grid_epochs: tuple[int, ...] = setting((), "with grid_learning_rates: the oracle tries all directives with these")
 
     def __post_init__(self):
-        for name, least in (
-            ("max_tasks", 1), ("max_steps", 1), ("max_sequence_tokens", 2), ("vote_leave", 0), ("vote_orders", 0),
-            ("attempts", 1), ("answer_tokens", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+        require_integers(
+            self,
+            max_tasks=1,
+            max_steps=1,
+            max_sequence_tokens=2,
+            vote_leave=0,
+            vote_orders=0,
+            attempts=1,
+            answer_tokens=1,
+        )
         plain = bool(self.leave) and all(is_integer(n) and n >= 1 for n in self.leave)
         require(plain, "leave", self.leave, "integers >= 1")
         if self.fixed_directive:

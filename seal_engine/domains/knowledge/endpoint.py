@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from seal_engine.files import show
 from seal_engine.types import InputError, is_integer, is_number, require
 
-MOST_BYTES = 2**24  # of a response
+MAX_BYTES = 2**24  # of a response
 OWN_FAULT = (400, 413, 422)  # a prompt's own: says nothing about the next one
 RETRIED = (408, 429)  # and 5xx
 
@@ -53,7 +53,7 @@ class Endpoint:
     timeout: float = 60.0  # seconds that a request may take in all
     attempts: int = 5  # requests for one prompt
     backoff: float = 1.0  # seconds before the second attempt, twice that before the third, ..., less up to half of it
-    most_wait: float = 60.0  # seconds between two attempts, whatever the endpoint asks for
+    max_wait: float = 60.0  # seconds between two attempts, whatever the endpoint asks for
     chat: bool = True  # POST /chat/completions, a prompt being a user's message; False: /completions
     fields: Mapping[str, Any] = field(default_factory=dict)  # more of each request, such as top_p; None removes one
 
@@ -66,7 +66,7 @@ class Endpoint:
         for name in ("concurrency", "attempts"):
             value = getattr(self, name)
             require(is_integer(value) and 1 <= value <= 1000, f"endpoint.{name}", value, "an integer from 1 to 1000")
-        for name, least in (("timeout", 0.001), ("backoff", 0), ("most_wait", 0)):
+        for name, least in (("timeout", 0.001), ("backoff", 0), ("max_wait", 0)):
             value = getattr(self, name)
             usable = is_number(value) and least <= value <= 86400
             require(usable, f"endpoint.{name}", value, f"seconds from {least} to 86400")
@@ -93,7 +93,7 @@ def complete(
     """A reply for each prompt, in their order.
 
     Tried again: no connection, a lost one, a timeout, 408, 429 and 5xx. A prompt takes at most `attempts` requests of
-    `timeout` seconds and as many waits of `most_wait`. Once 2 x concurrency prompts in a row, at least 16, have failed
+    `timeout` seconds and as many waits of `max_wait`. Once 2 x concurrency prompts in a row, at least 16, have failed
     for no fault of their own, the rest are not sent. InputError for prompts that are no texts, and for a missing key.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -154,7 +154,7 @@ class _Call:
         for attempt in range(self.endpoint.attempts):
             if attempt:
                 backoff = self.endpoint.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1)
-                self.stop.wait(min(backoff if refused.wait is None else refused.wait, self.endpoint.most_wait))
+                self.stop.wait(min(backoff if refused.wait is None else refused.wait, self.endpoint.max_wait))
             if self.stop.is_set():
                 break
             try:
@@ -192,8 +192,8 @@ class _Call:
             watchdog.start()
             connection.request("POST", path, body, headers)
             with connection.getresponse() as response:
-                content = response.read(MOST_BYTES + 1)
-                if response.length and len(content) <= MOST_BYTES:  # read(n) takes a lost connection for the end
+                content = response.read(MAX_BYTES + 1)
+                if response.length and len(content) <= MAX_BYTES:  # read(n) takes a lost connection for the end
                     raise IncompleteRead(b"", response.length)
             if not late.is_set():
                 return response.status, response.headers.get("Retry-After"), content
@@ -214,7 +214,7 @@ class _Call:
             # Without the key before anything is cut off: a part of the key must not remain.
             message = self._without_key(" ".join(content.decode("utf-8", "replace").split()))[:200]
             raise _NoAnswerError(f"HTTP {status}: {message}", retry, wait, status in OWN_FAULT)
-        if len(content) > MOST_BYTES:
+        if len(content) > MAX_BYTES:
             raise _NoAnswerError("response too large")
         try:
             value = json.loads(content)

@@ -1,13 +1,11 @@
 """Passages and their questions, and the checks that JSON which people or programs wrote has to pass."""
 
-import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from seal_engine.files import read_text, show
+from seal_engine.files import read_text, show, strict_json
 from seal_engine.types import InputError
 
 
@@ -43,21 +41,9 @@ def read_document(path: str | Path) -> Any:
     if not text.strip():
         raise InputError(f"{path}: found an empty file; accepted: JSON")
     try:
-        return json.loads(text, parse_constant=_no_number, object_pairs_hook=_object)
+        return strict_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}; accepted: JSON") from None
-
-
-def _no_number(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):  # which of the two was meant?
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} twice in one object")
-    return made
 
 
 class Record:

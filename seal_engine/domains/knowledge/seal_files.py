@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from seal_engine.domains.knowledge.results import (
     overall_stats,
     rounded,
 )
+from seal_engine.files import complete_file
 from seal_engine.types import InputError
 
 
@@ -152,22 +152,12 @@ def write_sft(path: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 def _write_text(file: Path, text: str) -> None:
     """A file in UTF-8 that appears complete or not at all, in place of the one that was there."""
-    partial = None
     try:
         content = text.encode()
         target = Path(os.path.realpath(file))  # a link stays one
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".partial.", dir=target.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-    except BaseException as error:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
-        if not isinstance(error, OSError | ValueError):  # ValueError: a name that no file can have, a lone surrogate
-            raise
+        with complete_file(target) as partial:
+            partial.write_bytes(content)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have, a lone surrogate
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{file}: {reason}; accepted: a file that can be written, and text in UTF-8") from None

@@ -25,7 +25,7 @@ from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import SelfEdit, Trial
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob
-from seal_engine.types import InputError, LoraConfig, is_integer, require, setting
+from seal_engine.types import InputError, LoraConfig, require, require_integers, setting
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,9 @@ class KnowledgeConfig:
     endpoint_timeout: float = setting(120.0, "seconds that a request there may take")
 
     def __post_init__(self):
-        for name, least in (
-            ("held_out_contexts", 0), ("max_sequences", 0), ("passage_copies", 0), ("answer_tokens", 1),
-            ("endpoint_self_edits", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+        require_integers(
+            self, held_out_contexts=0, max_sequences=0, passage_copies=0, answer_tokens=1, endpoint_self_edits=0
+        )
         require(self.grader in GRADERS, "grader", self.grader, f"one of {list(GRADERS)}")
         needs = self.grader == "endpoint" or self.endpoint_self_edits > 0
         require(bool(self.endpoint) or not needs, "endpoint", self.endpoint, "a URL, as grader or self-edits need one")
