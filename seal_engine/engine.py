@@ -54,7 +54,7 @@ class Engine:
         self.directory = directory
         if deterministic:
             model.row_tile = ROW_TILE
-        self.inputs = Inputs(model.config, lambda: self.tokenizer)
+        self.inputs = Inputs(model.config, lambda: self.tokenizer, lambda: self.end_token_id)
         self._seeds = count(2**63)  # of requests without one: beyond those that a request may have
         if tokenizer is not None:
             self.tokenizer = tokenizer
@@ -232,6 +232,12 @@ class Engine:
         if self.has_tokenizer:
             return self.tokenizer.stop_token_ids
         return () if self.directory is None else tuple(read_stop_token_ids(self.directory))
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The id that training teaches as the end of a sequence, one of `stop_token_ids`; None: there is none."""
+        own = self.tokenizer.eos_token_id if self.has_tokenizer else None
+        return own if own is not None else next(iter(self.stop_token_ids), None)
 
     def sampler(self, num_blocks: int | None = None, stream: bool = False, max_num_seqs: int = MAX_NUM_SEQS) -> Sampler:
         """A Sampler over this engine's model with a K/V cache of its own: add requests, step, poll.

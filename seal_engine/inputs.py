@@ -17,10 +17,13 @@ from seal_engine.types import InputError
 class Inputs:
     """Turns sequences into token ids of one model, naming the sequence in every refusal."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Callable[[], Tokenizer]):
-        """tokenizer: gives it when text is first seen; raises InputError where there is none."""
+    def __init__(self, config: ModelConfig, tokenizer: Callable[[], Tokenizer], end_token_id: Callable[[], int | None]):
+        """tokenizer: called when text is first seen; raises InputError where there is none. end_token_id: called for
+        the id that ends a training sequence.
+        """
         self.config = config
         self.tokenizer = tokenizer
+        self.end_token_id = end_token_id
 
     def sequences(self, sequences: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Token ids of a list of texts or token id lists. Raises InputError naming the sequence."""
@@ -88,13 +91,9 @@ class Inputs:
             raise InputError(f"{name}: {error}") from None
 
     def _end_token(self) -> int:
-        end = self.config.raw.get("eos_token_id")
-        end = end[0] if isinstance(end, list) and end else end
-        if isinstance(end, int):
-            return end
-        end = self.tokenizer().eos_token_id
+        end = self.end_token_id()
         if end is None:
-            raise InputError("append_eos: neither config.json nor the tokenizer names an end token")
+            raise InputError("append_eos: neither the configs nor the tokenizer name an end token")
         return end
 
 

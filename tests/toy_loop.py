@@ -33,7 +33,7 @@ class ToyEngine:
     def __init__(self):
         self.merged = []
         self.trained = []
-        self.stop_token_ids = (9,)
+        self.end_token_id = 9
         self.config = SimpleNamespace(max_position_embeddings=2000)
         self.inputs = SimpleNamespace(token_ids=lambda prompt, name: list(map(ord, prompt)))
         self.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(map(ord, text)))

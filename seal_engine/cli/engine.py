@@ -222,7 +222,8 @@ def _with_mask(sequence: Any, engine: Engine) -> Any:
         return sequence
     prompt = engine.tokenizer.encode(sequence["prompt"])
     rest = engine.tokenizer.encode(sequence["completion"], add_special_tokens=False)
-    rest = [*rest, *engine.stop_token_ids[:1]]
+    if engine.end_token_id is not None:
+        rest.append(engine.end_token_id)
     return TrainSequence([*prompt, *rest], [0] * len(prompt) + [1] * len(rest))
 
 

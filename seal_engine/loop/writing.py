@@ -63,7 +63,8 @@ def take_self_edits(
 ) -> list[SelfEdit]:
     """The self-edits that another source gives for each context."""
     edits = []
-    end = engine.stop_token_ids[:1]  # a policy that learns from them learns to end, too
+    # The end token is part of a self-edit, so that a policy that learns from it learns to end.
+    end = () if engine.end_token_id is None else (engine.end_token_id,)
     for context, texts in zip(contexts, source.write(contexts, config.sampling_params), strict=True):
         for index, text in enumerate(texts or [None]):
             if text is None:

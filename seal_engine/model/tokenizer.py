@@ -31,7 +31,7 @@ class Tokenizer:
     bos_token, eos_token, pad_token, unk_token        str, or None where the files name none
     bos_token_id, eos_token_id, pad_token_id          int, or None likewise
     special_tokens_map    dict of str: the special tokens by field name, as templates see them
-    stop_token_ids        tuple of int: a completion ends at any of these
+    stop_token_ids        tuple of int: a completion ends at any of these: the configs' eos ids and eos_token_id
     vocab_size            int: entries in the vocabulary, added tokens among them
     chat_templates        dict of str: the chat templates by name; the usual one is "default"
     """
@@ -58,9 +58,8 @@ class Tokenizer:
             None if token is None else backend.token_to_id(token)
             for token in (self.bos_token, self.eos_token, self.pad_token)
         )
-        if not stop_token_ids and self.eos_token_id is not None:
-            stop_token_ids = (self.eos_token_id,)
-        self.stop_token_ids = tuple(dict.fromkeys(stop_token_ids))
+        own = () if self.eos_token_id is None else (self.eos_token_id,)
+        self.stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *own)))
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
@@ -277,13 +276,13 @@ def _register_special_tokens(backend: tokenizers.Tokenizer, directory: Path, con
 
 
 def read_stop_token_ids(directory: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json, else empty."""
+    """The ids that generation_config.json and config.json name as eos_token_id, without repeats."""
+    stop_ids: dict[int, None] = {}
     for name in ("generation_config.json", "config.json"):
         found = read_json(directory / name, required=False).get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
             accepted = "a token id or a list of token ids"
             raise InputError(f"{directory / name}: eos_token_id: found {show(found)}; accepted: {accepted}")
-        if ids:
-            return ids
-    return []
+        stop_ids |= dict.fromkeys(ids)
+    return list(stop_ids)

@@ -356,15 +356,16 @@ def test_tokens_only_tokenizer_config_lists(directory):
 @pytest.mark.parametrize(
     ("generation_config", "config", "expected"),
     [
-        ({"eos_token_id": [7, 5, 7]}, {"eos_token_id": 3}, (7, 5)),
-        ({"eos_token_id": 9}, {}, (9,)),
-        ({"temperature": 1.0}, {"eos_token_id": 3}, (3,)),
-        ({"eos_token_id": None}, {"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": [7, 5, 7]}, {"eos_token_id": 3}, (7, 5, 3, 0)),
+        ({"eos_token_id": 9}, {}, (9, 0)),
+        ({"temperature": 1.0}, {"eos_token_id": 3}, (3, 0)),
+        ({"eos_token_id": None}, {"eos_token_id": [3, 0, 4]}, (3, 0, 4)),
         (None, {"eos_token_id": None}, (0,)),
         (None, None, (0,)),
     ],
 )
 def test_stop_token_ids(directory, generation_config, config, expected):
+    """A completion ends at whatever any of the files calls an end: both configs' ids, then the tokenizer's own, 0."""
     for name, fields in (("generation_config.json", generation_config), ("config.json", config)):
         if fields is not None:
             write(directory, name, **fields)
