@@ -174,7 +174,8 @@ class Sampler:
         else:
             hidden = self.model.hidden_states(batch, lora)
         self.tokens_computed += len(hidden)
-        rows, ready = [], []  # sequences to sample from, and the rows of `hidden` that their last tokens have
+        ready: list[Sequence] = []  # those whose next token can be sampled
+        rows: list[int] = []  # their last tokens' rows of `hidden`
         end = 0
         for sequence, num_tokens, _ in chunks:
             start, end = end, end + num_tokens
@@ -229,10 +230,10 @@ class Sampler:
         return self._lora[1]
 
     def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
-        """Append the log-probabilities of prompt tokens that `hidden` predicts: the chunk's hidden states."""
+        """Append the log-probabilities of the prompt tokens that a chunk's hidden states predict."""
         output, start = sequence.request.output, sequence.num_computed_tokens
         prompt, scored = output.prompt_token_ids, output.prompt_logprobs or []
-        first = len(scored)  # this token predicts the next one to score; after a preemption, start may be before it
+        first = len(scored)  # this token predicts the next one to score; start is before it after a preemption
         if sequence.completion.index == 0 and first < len(prompt) - 1:
             hidden = hidden[first - start : len(prompt) - 1 - start]
             targets = torch.tensor(prompt[first + 1 : first + 1 + len(hidden)], device=hidden.device)
@@ -294,7 +295,8 @@ class Sampler:
                     adjusted[i] = hook(list(output_ids), adjusted[i].clone())
                 except Exception as error:
                     request.output.error = f"logits_hook: {type(error).__name__}: {error}"
-            adjusted[i, [token for token in stop_ids if 0 <= token < logits.shape[1]]] = float("-inf")
+            if stop_ids:
+                adjusted[i, [token for token in stop_ids if 0 <= token < logits.shape[1]]] = float("-inf")
         return adjusted, changed
 
     def _top_logprobs(self, logits: Tensor, sequences: list[Sequence]) -> dict[int, dict[int, float]]:

@@ -182,14 +182,13 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_uncomputed > 1):
             num_tokens = min(sequence.num_uncomputed, token_budget)
-            while num_tokens > 0 and sequence in self.running:  # until it is preempted, by itself or by an earlier one
+            while num_tokens > 0 and sequence in self.running:  # it may be preempted, by itself or by an earlier one
                 chunk = self._allocate(sequence, num_tokens)
                 if chunk is not None:
                     chunks.append(chunk)
                     token_budget -= num_tokens
                     break
-                youngest = next(reversed(self.running))
-                self.preempt(youngest)
+                self.preempt(next(reversed(self.running)))  # the youngest
         return [chunk for chunk in chunks if chunk.sequence in self.running]
 
     def _allocate(self, sequence: Sequence, num_tokens: int) -> Chunk | None:

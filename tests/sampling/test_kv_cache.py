@@ -22,7 +22,7 @@ PICK = st.integers(0, 99)
 class Live:
     """A sequence whose first `computed` tokens have their K/V in its blocks."""
 
-    root: tuple[str, int]
+    namespace: tuple[str, int]
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
@@ -31,18 +31,18 @@ class Live:
 class SequencesOfAPool(RuleBasedStateMachine):
     """Sequences come, are computed in chunks, grow, fork, shrink and go, with copy on write and preemption.
 
-    In place of K/V, `memory` holds what they were computed from: the root, and all tokens up to and with their own.
+    In place of K/V, `memory` holds what they were computed from: the namespace, and all tokens up to their own.
     """
 
     @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 4))
     def make(self, num_blocks, block_size):
         self.pool = BlockPool(num_blocks, block_size)
         self.size = block_size
-        self.roots = [("base", 0), ("adapter", 0)]
+        self.namespaces = [("base", 0), ("adapter", 0)]
         self.live: list[Live] = []
         self.waiting: list[Live] = []
-        self.memory = {}  # (block, offset): (root, tokens)
-        self.indexed = {}  # (root, tokens of whole blocks): block
+        self.memory = {}  # (block, offset): (namespace, tokens)
+        self.indexed = {}  # (namespace, tokens of whole blocks): block
         self.idle = {}  # indexed block without references: (when it lost the last one, how deep it is)
         self.clock = 0
 
@@ -63,8 +63,10 @@ class SequencesOfAPool(RuleBasedStateMachine):
         assert set(blocks) - evicted <= free
         self.idle = {block: age for block, age in self.idle.items() if block not in evicted}
         self.indexed = {prefix: block for prefix, block in self.indexed.items() if block not in evicted}
-        for root, tokens in self.indexed:
-            assert len(tokens) == self.size or (root, tokens[: -self.size]) in self.indexed, "leaves are evicted first"
+        for namespace, tokens in self.indexed:
+            assert len(tokens) == self.size or (namespace, tokens[: -self.size]) in self.indexed, (
+                "leaves are evicted first"
+            )
         self.memory = {at: value for at, value in self.memory.items() if at[0] not in blocks}
 
     def released(self):
@@ -90,11 +92,11 @@ class SequencesOfAPool(RuleBasedStateMachine):
     def admit(self, sequence):
         expected = []
         for end in range(self.size, len(sequence.tokens), self.size):
-            block = self.indexed.get((sequence.root, tuple(sequence.tokens[:end])))
+            block = self.indexed.get((sequence.namespace, tuple(sequence.tokens[:end])))
             if block is None:
                 break
             expected.append(block)
-        matched = self.pool.match(sequence.root, sequence.tokens)
+        matched = self.pool.match(sequence.namespace, sequence.tokens)
         assert matched == expected
         assert len(matched) * self.size < len(sequence.tokens)
         for block in matched:
@@ -111,14 +113,14 @@ class SequencesOfAPool(RuleBasedStateMachine):
     def pick(self, number):
         return self.live[number % len(self.live)]
 
-    @rule(root=st.integers(0, 1), tokens=TOKENS)
-    def start(self, root, tokens):
-        self.admit(Live(self.roots[root], tokens))
+    @rule(namespace=st.integers(0, 1), tokens=TOKENS)
+    def start(self, namespace, tokens):
+        self.admit(Live(self.namespaces[namespace], tokens))
 
-    @rule(root=st.integers(0, 1), tokens=TOKENS)
-    def score(self, root, tokens):
+    @rule(namespace=st.integers(0, 1), tokens=TOKENS)
+    def score(self, namespace, tokens):
         """A whole life at once, so that many have been before."""
-        if self.admit(Live(self.roots[root], tokens)):
+        if self.admit(Live(self.namespaces[namespace], tokens)):
             self.compute(-1, len(tokens))
             self.index(-1)
             self.leave(-1, preempt=False)
@@ -155,16 +157,16 @@ class SequencesOfAPool(RuleBasedStateMachine):
                     self.memory[new, row] = self.memory.get((old, row))
             assert self.references()[new] == 1
             assert new not in self.indexed.values()
-            self.memory[new, offset] = sequence.root, tuple(sequence.tokens[: at + 1])
+            self.memory[new, offset] = sequence.namespace, tuple(sequence.tokens[: at + 1])
             sequence.computed = at + 1
 
     @precondition(lambda self: self.live)
     @rule(number=PICK)
     def index(self, number):
         sequence = self.pick(number)
-        self.pool.register(sequence.root, sequence.tokens, sequence.blocks, sequence.computed)
+        self.pool.register(sequence.namespace, sequence.tokens, sequence.blocks, sequence.computed)
         for i in range(sequence.computed // self.size):
-            prefix = sequence.root, tuple(sequence.tokens[: (i + 1) * self.size])
+            prefix = sequence.namespace, tuple(sequence.tokens[: (i + 1) * self.size])
             if self.indexed.setdefault(prefix, sequence.blocks[i]) != sequence.blocks[i]:
                 break
 
@@ -185,7 +187,7 @@ class SequencesOfAPool(RuleBasedStateMachine):
         for _ in range(n if tokens else 0):
             blocks = sequence.blocks[: self.num_blocks(len(tokens))]
             self.pool.share(blocks)
-            self.live.append(Live(sequence.root, list(tokens), blocks, len(tokens)))
+            self.live.append(Live(sequence.namespace, list(tokens), blocks, len(tokens)))
 
     @precondition(lambda self: self.live)
     @rule(number=PICK, length=st.integers(1, 11), tokens=TOKENS)
@@ -210,17 +212,17 @@ class SequencesOfAPool(RuleBasedStateMachine):
         if preempt:
             self.waiting.append(sequence)
 
-    @rule(root=st.integers(0, 1))
-    def train(self, root):
-        name, version = self.roots[root]
-        self.roots[root] = name, version + 1
+    @rule(namespace=st.integers(0, 1))
+    def train(self, namespace):
+        name, version = self.namespaces[namespace]
+        self.namespaces[namespace] = name, version + 1
 
     @invariant()
     def blocks_hold_what_their_tables_say(self):
         for sequence in getattr(self, "live", []):
             for at in range(sequence.computed):
                 held = self.memory[sequence.blocks[at // self.size], at % self.size]
-                assert held == (sequence.root, tuple(sequence.tokens[: at + 1]))
+                assert held == (sequence.namespace, tuple(sequence.tokens[: at + 1]))
 
     @invariant()
     def pool_is_whole(self):
@@ -245,11 +247,11 @@ def new_blocks(pool, n):
     return blocks
 
 
-def filled(pool, root, tokens):
+def filled(pool, namespace, tokens):
     """The table of a sequence that is computed and indexed as far as its blocks are full; it keeps its references."""
-    table = pool.match(root, tokens)
+    table = pool.match(namespace, tokens)
     table += new_blocks(pool, -(-len(tokens) // pool.block_size) - len(table))
-    pool.register(root, tokens, table, len(tokens))
+    pool.register(namespace, tokens, table, len(tokens))
     return table
 
 
@@ -308,9 +310,16 @@ def test_match_takes_whole_blocks_and_leaves_a_token():
     pool = BlockPool(8, block_size=2)
     table = filled(pool, "base", [1, 2, 3, 4, 5])
     for tokens, blocks in [
-        ([], 0), ([1], 0), ([1, 2], 0), ([1, 2, 3], 1), ([1, 2, 9, 4, 5], 1), ([3, 4, 5], 0), ([1, 2, 3, 4], 1),
-        ([1, 2, 3, 4, 5], 2), ([1, 2, 3, 4, 5, 6, 7], 2),
-    ]:  # fmt: skip
+        ([], 0),
+        ([1], 0),
+        ([1, 2], 0),
+        ([1, 2, 3], 1),
+        ([1, 2, 9, 4, 5], 1),
+        ([3, 4, 5], 0),
+        ([1, 2, 3, 4], 1),
+        ([1, 2, 3, 4, 5], 2),
+        ([1, 2, 3, 4, 5, 6, 7], 2),
+    ]:
         found = pool.match("base", tokens)
         assert found == table[:blocks], tokens
         pool.check_integrity([table, found])
@@ -509,30 +518,50 @@ def move(pool, block, **fields):
 @pytest.mark.parametrize(
     ("block", "damage"),
     [
-        (5, lambda pool, table: table.pop()),
-        (3, lambda pool, table: table.append(3)),
-        (9, lambda pool, table: table.append(9)),
-        (9, lambda pool, table: pool._free.append(9)),
-        (-1, lambda pool, table: pool._evictable.update({-1: None})),
-        (5, lambda pool, table: pool._references.__setitem__(5, 2)),
-        (0, lambda pool, table: pool._free.remove(0)),
-        (0, lambda pool, table: pool._free.append(0)),
-        (5, lambda pool, table: pool._free.append(5)),
-        (3, lambda pool, table: pool._evictable.update({3: None})),
-        (0, lambda pool, table: (pool._free.remove(0), pool._evictable.update({0: None}))),
-        (1, lambda pool, table: (pool._evictable.clear(), pool._free.extend([1, 2]))),
-        (4, lambda pool, table: pool._index.pop(pool._nodes[4].key)),
-        (2, lambda pool, table: pool._index.update({pool._nodes[2].key: pool._nodes[2]._replace(block=1)})),
-        (5, lambda pool, table: pool._index.update({("base", 0, (8,)): pool._nodes[4]._replace(block=5)})),
-        (4, lambda pool, table: pool._index.pop(pool._nodes[3].key) and pool._nodes.__setitem__(3, None)),
-        (4, lambda pool, table: move(pool, 4, cache_namespace="other")),
-        (4, lambda pool, table: move(pool, 4, parent=99)),
-        (4, lambda pool, table: move(pool, 4, parent=0)),
-        (4, lambda pool, table: move(pool, 4, tokens=(4, 5))),
-        (2, lambda pool, table: pool._evictable.move_to_end(2)),
-        (4, lambda pool, table: table.reverse()),
+        pytest.param(5, lambda pool, table: table.pop(), id="no table lists a referenced block"),
+        pytest.param(3, lambda pool, table: table.append(3), id="listed twice"),
+        pytest.param(9, lambda pool, table: table.append(9), id="listed, but there is no such block"),
+        pytest.param(9, lambda pool, table: pool._free.append(9), id="free, but there is no such block"),
+        pytest.param(
+            -1, lambda pool, table: pool._evictable.update({-1: None}), id="evictable, but there is no such block"
+        ),
+        pytest.param(5, lambda pool, table: pool._references.__setitem__(5, 2), id="too many references"),
+        pytest.param(0, lambda pool, table: pool._free.remove(0), id="lost"),
+        pytest.param(0, lambda pool, table: pool._free.append(0), id="free twice"),
+        pytest.param(5, lambda pool, table: pool._free.append(5), id="free and referenced"),
+        pytest.param(3, lambda pool, table: pool._evictable.update({3: None}), id="evictable and referenced"),
+        pytest.param(
+            0,
+            lambda pool, table: (pool._free.remove(0), pool._evictable.update({0: None})),
+            id="evictable without a node",
+        ),
+        pytest.param(
+            1, lambda pool, table: (pool._evictable.clear(), pool._free.extend([1, 2])), id="free with a node"
+        ),
+        pytest.param(4, lambda pool, table: pool._index.pop(pool._nodes[4].key), id="node not in the index"),
+        pytest.param(
+            2,
+            lambda pool, table: pool._index.update({pool._nodes[2].key: pool._nodes[2]._replace(block=1)}),
+            id="index has another block's node",
+        ),
+        pytest.param(
+            5,
+            lambda pool, table: pool._index.update({("base", 0, (8,)): pool._nodes[4]._replace(block=5)}),
+            id="index has a node under another key",
+        ),
+        pytest.param(
+            4,
+            lambda pool, table: pool._index.pop(pool._nodes[3].key) and pool._nodes.__setitem__(3, None),
+            id="parent is not indexed",
+        ),
+        pytest.param(4, lambda pool, table: move(pool, 4, cache_namespace="other"), id="parent in another namespace"),
+        pytest.param(4, lambda pool, table: move(pool, 4, parent=99), id="no such parent"),
+        pytest.param(4, lambda pool, table: move(pool, 4, parent=0), id="first in a table, but a child"),
+        pytest.param(4, lambda pool, table: move(pool, 4, tokens=(4, 5)), id="wrong number of tokens"),
+        pytest.param(2, lambda pool, table: pool._evictable.move_to_end(2), id="evicted after its parent"),
+        pytest.param(4, lambda pool, table: table.reverse(), id="in a table before its parent"),
     ],
-)  # fmt: skip
+)
 def test_integrity_names_the_block(block, damage):
     pool, table = broken_pool()
     damage(pool, table)
@@ -542,10 +571,16 @@ def test_integrity_names_the_block(block, damage):
 
 CONFIG = ModelConfig.from_dict(
     {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 12, "intermediate_size": 8,
-        "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 5,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 12,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "vocab_size": 5,
     }
-)  # fmt: skip
+)
 
 
 def numbered_cache():
@@ -568,7 +603,11 @@ def test_cache_shapes_and_bytes():
         assert 7 * KVCache.block_bytes(CONFIG, dtype) == cache.keys.nbytes + cache.values.nbytes
 
 
-@pytest.mark.parametrize("pairs", [[], [(0, 4)], [(1, 2), (1, 3)], [(0, 1), (1, 2)], [(3, 4), (4, 3)]])
+@pytest.mark.parametrize(
+    "pairs",
+    [[], [(0, 4)], [(1, 2), (1, 3)], [(0, 1), (1, 2)], [(3, 4), (4, 3)]],
+    ids=["nothing", "one block", "one block to two", "a block that is overwritten too", "two blocks change places"],
+)
 def test_cache_copy(pairs):
     """Of all layers; every block is read before any is written."""
     cache, before = numbered_cache(), numbered_cache()
