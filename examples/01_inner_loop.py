@@ -1,6 +1,6 @@
-"""One inner loop of SEAL by hand: sample self-edits, train an adapter on each, ask each adapter, see which taught best.
+"""One inner loop of SEAL by hand: sample self-edits, train an adapter on each, question each adapter.
 
-Run it with: python examples/embed.py
+Run it with: python examples/01_inner_loop.py
 """
 
 from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
