@@ -1,7 +1,7 @@
-"""README's figures, from the results that were recorded: python benchmarks/readme.py writes them into README.md anew.
+"""Figures of README.md and docs/benchmarks.md, from recorded results: python benchmarks/readme.py writes them anew.
 
-A block of README between `<!-- NAME -->` and `<!-- end -->` is what the function NAME says. Outside of blocks README
-has no measured figures. A test holds both.
+A block between `<!-- NAME -->` and `<!-- end -->` is the text of the function NAME. Outside of blocks the pages have no
+measured figures. A test holds both.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9_]+) -->\n(?P<text>.*?)<!-- end -->\n", re.DOTALL)
 Row = Mapping[str, Any]
@@ -206,18 +206,47 @@ def few_shot() -> str:
     return table(heads, lines) + source("bench_few_shot_cpu", machine, " -k puzzle")
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    function.__name__: function
-    for function in (demo_knowledge, demo_few_shot, seal_round, few_shot, model, train, scaling, sample)
+def speed() -> str:
+    """The main comparisons in one small table."""
+    rows, machine = read("bench_seal_round_cpu")
+    samples, _ = read("bench_sample_cpu")
+    lines = []
+    for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
+        whole = {r["who"]: r for r in rows if (r["shape"], r["dtype"], r["part"]) == (shape, dtype, "round")}
+        factors = [whole[who]["seal_engine_times_faster"] for who in ("peft, one at a time", "peft, padded to 2048")]
+        what = f"a round of the knowledge task, 5 passages, {shape} {dtype}"
+        lines.append([what, f"{whole['seal_engine']['seconds']:.3g} s", *(f"{factor:.1f}" for factor in factors)])
+    ours = pick([r for r in samples if r.get("than_the_best_of_the_baseline")], adapters=32, who="seal_engine")
+    faster = f"{ours['than_the_best_of_the_baseline']:.1f}"
+    lines.append(["sampling with 32 adapters in one batch, 2m", f"{rate(ours['tokens_per_s'])} tokens/s", faster, ""])
+    heads = ("on two CPU cores", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
+    files = "`bench_seal_round_cpu.json` and `bench_sample_cpu.json` in `benchmarks/results`"
+    text = f"Recorded in {files} ({machine['device']}, {machine['date']}); docs/benchmarks.md has the commands."
+    return table(heads, lines) + prose(text)
+
+
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / page: {function.__name__: function for function in functions}
+    for page, functions in {
+        "README.md": (demo_knowledge, speed),
+        "docs/benchmarks.md": (demo_few_shot, seal_round, few_shot, model, train, scaling, sample),
+    }.items()
 }
 
 
-def render(text: str) -> str:
-    """README with all its blocks written anew. KeyError for a block of no such name."""
-    return BLOCK.sub(lambda found: f"<!-- {found['name']} -->\n{BLOCKS[found['name']]()}<!-- end -->\n", text)
+def render(page: Path) -> str:
+    """The page with all its blocks written anew. KeyError for a block of no such name."""
+    blocks = PAGES[page]
+    return BLOCK.sub(
+        lambda match: f"<!-- {match['name']} -->\n{blocks[match['name']]()}<!-- end -->\n", page.read_text()
+    )
 
 
 if __name__ == "__main__":
-    before = README.read_text()
-    README.write_text(render(before))
-    sys.exit(None if before == README.read_text() else "README.md has changed")
+    changed = []
+    for page in PAGES:
+        new = render(page)
+        if new != page.read_text():
+            page.write_text(new)
+            changed.append(page.name)
+    sys.exit(f"{', '.join(changed)} changed" if changed else None)
