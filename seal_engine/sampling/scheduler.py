@@ -22,7 +22,7 @@ from seal_engine.sampling.requests import Completion, RequestOutput, SamplingPar
 
 @dataclass(eq=False)
 class Request:
-    """What was asked for, its output so far, and its sequences."""
+    """A prompt to continue: how, its output so far, and one sequence per sample."""
 
     request_id: int
     output: RequestOutput
@@ -32,7 +32,7 @@ class Request:
     max_total_tokens: int = 0  # prompt and completion together
     seed: int = 0
     sequences: list["Sequence"] = field(default_factory=list)
-    num_unfinished: int = 0  # sequences
+    num_unfinished: int = 0  # sequences that are not finished
     forked: bool = False  # the prompt has been computed, and the sequences after the first were queued
 
 
@@ -62,7 +62,7 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """What one step computes of a sequence: its next num_tokens tokens."""
+    """The part of a sequence that one step computes: its next num_tokens tokens."""
 
     sequence: Sequence
     num_tokens: int
