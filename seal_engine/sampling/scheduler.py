@@ -22,7 +22,7 @@ from seal_engine.sampling.requests import Completion, RequestOutput, SamplingPar
 
 @dataclass(eq=False)
 class Request:
-    """A prompt to continue: how, its output so far, and one sequence per sample."""
+    """A prompt to continue, its output so far, and one sequence per sample."""
 
     request_id: int
     output: RequestOutput
