@@ -158,7 +158,7 @@ class Engine:
 
     def forward_backward(self, data: Sequence[Datum]) -> list[DatumResult]:
         """Add each datum's gradient to its adapter's; see `train.forward_backward`."""
-        budget = self._plan_budget()
+        budget = self._default_token_budget()
         return forward_backward(self.model, data, budget)
 
     def optim_step(self, steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
@@ -179,7 +179,7 @@ class Engine:
         weights; None: what is free.
         """
         require(recompute in ("auto", *RECOMPUTE), "recompute", recompute, f"one of {['auto', *RECOMPUTE]}")
-        budget = self._plan_budget() if token_budget is None else token_budget
+        budget = self._default_token_budget() if token_budget is None else token_budget
         require(is_integer(budget) and budget >= 1, "token_budget", token_budget, "an integer >= 1")
         free = free_memory(self.model.device) if memory_bytes is None else memory_bytes
         element_size = self.model.compute_dtype.itemsize
@@ -214,8 +214,8 @@ class Engine:
             raise InputError(f"jobs: found {show(jobs)}; accepted: a list of TrainJob")
         # The longest first: begun last, they would be left to train alone.
         order = sorted(range(len(jobs)), key=lambda i: -min_sequential_steps(jobs[i]))
-        told = callback and (lambda job_id, step, loss: callback(order[job_id], step, loss))
-        trainer = self.trainer(callback=told, **options)
+        report = callback and (lambda job_id, step, loss: callback(order[job_id], step, loss))
+        trainer = self.trainer(callback=report, **options)
         ids = dict(zip(order, [trainer.submit(jobs[i]) for i in order], strict=True))
         _run_to_end(trainer, len(jobs), "job", "Training", progress)
         return [trainer.result(ids[i]) for i in range(len(jobs))]
@@ -254,7 +254,7 @@ class Engine:
             KVCache(self.config, num_blocks, dtype, model.device),
             partial(self.tokenizer.decode, skip_special_tokens=True, skip_unknown=True) if self.has_tokenizer else None,
             self.stop_token_ids,
-            self._plan_budget(),
+            self._default_token_budget(),
             self._seeds,
             max_num_seqs,
             stream,
@@ -300,8 +300,8 @@ class Engine:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError(f"prompts: found {show(prompts)}; accepted: a list of texts or token id lists")
         params = SamplingParams() if params is None else params
-        wanted = _for_each(params, len(prompts), SamplingParams, "params", "a SamplingParams")
-        adapters = _for_each(adapters, len(prompts), Adapter | None, "adapters", "an Adapter or None")
+        wanted = _broadcast(params, len(prompts), SamplingParams, "params", "a SamplingParams")
+        adapters = _broadcast(adapters, len(prompts), Adapter | None, "adapters", "an Adapter or None")
         token_ids: list[list[int] | InputError] = []
         max_num_seqs = options.get("max_num_seqs", MAX_NUM_SEQS)
         require(is_integer(max_num_seqs) and max_num_seqs >= 1, "max_num_seqs", max_num_seqs, "an integer >= 1")
@@ -338,7 +338,7 @@ class Engine:
         """
         save_model(self.model, parse_path(directory), self.directory)
 
-    def _plan_budget(self) -> int:
+    def _default_token_budget(self) -> int:
         return CPU_TOKEN_BUDGET if self.model.device.type == "cpu" else TOKEN_BUDGET
 
     def _batches(
@@ -348,7 +348,7 @@ class Engine:
 
         Sequences of one adapter lie together.
         """
-        adapters = _for_each(adapters, len(sequences), Adapter | None, "adapters", "an Adapter or None")
+        adapters = _broadcast(adapters, len(sequences), Adapter | None, "adapters", "an Adapter or None")
         for i, adapter in enumerate(adapters):
             if adapter is not None:
                 adapter.check_model(self.config, f"adapters[{i}]")
@@ -379,7 +379,7 @@ def _deltas(sampler: Sampler) -> Iterator[Delta]:
         yield from sampler.step()
 
 
-def _for_each(given: Any, count: int, kind: Any, name: str, accepted: str) -> Sequence[Any]:
+def _broadcast(given: Any, count: int, kind: Any, name: str, accepted: str) -> Sequence[Any]:
     """One for each of `count`: a list of that many, or one for all."""
     if isinstance(given, kind):
         return [given] * count

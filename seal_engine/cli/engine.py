@@ -161,12 +161,17 @@ def train(options: argparse.Namespace) -> None:
     targets = "all-linear" if whole else tuple(options.targets.split(","))
     jobs = [
         TrainJob(
-            read_sequences(file), LoraConfig(options.rank, options.alpha, options.dropout, targets),
-            options.learning_rate, options.lr_scheduler, num_epochs=options.epochs, batch_size=options.batch_size,
-            seed=options.seed, append_eos=options.append_eos,
+            read_sequences(file),
+            LoraConfig(options.rank, options.alpha, options.dropout, targets),
+            options.learning_rate,
+            options.lr_scheduler,
+            num_epochs=options.epochs,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            append_eos=options.append_eos,
         )
         for file in files
-    ]  # fmt: skip
+    ]
     for job in jobs:
         job.check()
     engine = _engine(options)
@@ -249,9 +254,14 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Continue prompts with the base or with adapters, all at once."""
     params = SamplingParams(
-        n=options.n, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
-        max_tokens=options.max_tokens, stop=options.stop, seed=options.seed,
-    )  # fmt: skip
+        n=options.n,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        seed=options.seed,
+    )
     prompts = [*options.prompt, *(read_sequences(Path(options.prompts)) if options.prompts else [])]
     if not prompts:
         raise InputError("--prompt: found none; accepted: at least one --prompt TEXT, or --prompts FILE")

@@ -71,11 +71,5 @@ class LoopConfig:
     def policy_job(self, sequences: Sequence[TrainSequence]) -> TrainJob:
         """The M-step's fine-tuning of the policy."""
         lora = LoraConfig(r=self.policy_rank, lora_alpha=self.policy_alpha, target_modules="all-linear")
-        return TrainJob(
-            sequences,
-            lora,
-            self.policy_learning_rate,
-            self.policy_lr_scheduler,
-            num_epochs=self.policy_epochs,
-            batch_size=self.policy_batch_size,
-        )
+        rate, scheduler, batch = self.policy_learning_rate, self.policy_lr_scheduler, self.policy_batch_size
+        return TrainJob(sequences, lora, rate, scheduler, num_epochs=self.policy_epochs, batch_size=batch)

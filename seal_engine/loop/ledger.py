@@ -20,22 +20,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from seal_engine.files import PARTIAL, complete_directory, complete_file, flush, show
-from seal_engine.loop.database import (
-    SCHEMA_VERSION,
-    connect,
-    create,
-    from_column,
-    is_nan,
-    lock,
-    migrate,
-    now,
-    result_code,
-    schema_version,
-    to_column,
-    transaction,
-    translate_errors,
-    validate_database,
-)
+from seal_engine.loop import database as db
+from seal_engine.loop.database import from_column, is_nan, to_column, transaction, translate_errors
 from seal_engine.loop.records import PolicyUpdate, SelfEdit, Trial
 from seal_engine.types import InputError, require
 
@@ -79,12 +65,12 @@ class Ledger:
             others = sorted(name for name in os.listdir(path) if not name.startswith("ledger."))
             if others and not (path / DATABASE).exists():
                 raise InputError(f"{path}: found {show(others[0])} and no {DATABASE}; accepted: a new directory")
-            lock(path / LOCK, stack)
-            connection = connect(path / DATABASE, "rwc", stack)
+            db.lock(path / LOCK, stack)
+            connection = db.connect(path / DATABASE, "rwc", stack)
             if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed before it had begun
-                create(connection, wanted)
-            validate_database(connection, path / DATABASE)
-            migrate(connection)
+                db.create(connection, wanted)
+            db.validate_database(connection, path / DATABASE)
+            db.migrate(connection)
             ledger = cls(path, connection, writable=True)
             _validate_config(ledger, wanted, mutable)
             connection.execute("UPDATE run SET schema_version = schema_version")  # better refused now than hours later
@@ -106,18 +92,18 @@ class Ledger:
             raise InputError(f"{file}: missing; accepted: the directory of a run")
         with ExitStack() as stack, translate_errors(path):
             try:
-                connection = connect(file, "ro", stack)
+                connection = db.connect(file, "ro", stack)
                 connection.execute("BEGIN")  # all that is read is of one moment, which the next line fixes
                 connection.execute("SELECT 1 FROM sqlite_master").fetchone()
             except sqlite3.OperationalError as error:
-                if result_code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+                if db.result_code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
                     raise
                 # SQLite wants files beside the database, which a read-only directory may lack.
-                connection = connect(_copy(file, stack), "rw", stack)
-            validate_database(connection, file)
-            if schema_version(connection) != SCHEMA_VERSION:  # of an earlier version, which reading leaves as it is
-                connection = connect(_copy(file, stack), "rw", stack)
-                migrate(connection)
+                connection = db.connect(_copy(file, stack), "rw", stack)
+            db.validate_database(connection, file)
+            if db.schema_version(connection) != db.SCHEMA_VERSION:
+                connection = db.connect(_copy(file, stack), "rw", stack)
+                db.migrate(connection)
             ledger = cls(path, connection, writable=False)
             ledger._resources = stack.pop_all()
             return ledger
@@ -149,7 +135,7 @@ class Ledger:
             with transaction(self._connection):
                 if self.finished(step):
                     raise InputError(f"{self.directory}: step {show(step)} is finished; accepted: each step once")
-                self._insert("steps", {"step": key, "finished": now(), "seconds": seconds}, step)
+                self._insert("steps", {"step": key, "finished": db.now(), "seconds": seconds}, step)
                 for name, value in (metrics or {}).items():
                     require(name not in RESERVED, "metrics", name, f"other names than {' and '.join(RESERVED)}")
                     row = {"step": key, "name": to_column("metrics", name), "value": to_column(name, value)}

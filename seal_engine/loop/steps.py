@@ -4,17 +4,29 @@ A step is recorded whole or not at all; a step that the ledger has is read from 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 from seal_engine.engine import Engine
 from seal_engine.loop.config import LoopConfig
-from seal_engine.loop.domain import Candidate, Domain, RunError, SelfEditSource, UngradedError
+from seal_engine.loop.domain import (
+    Candidate,
+    Domain,
+    InvalidSelfEditError,
+    RunError,
+    SelfEditSource,
+    UngradedError,
+)
 from seal_engine.loop.inner import InnerLoop, derive_seed, job_key, mean_accuracy
 from seal_engine.loop.ledger import Ledger
-from seal_engine.loop.records import Phase, Step, Trial
-from seal_engine.loop.writing import MISSING, MakeJob, sample_self_edits, take_self_edits
+from seal_engine.loop.records import Phase, SelfEdit, Step, Trial
 from seal_engine.model.adapters import Adapter
+from seal_engine.sampling.requests import Completion
+from seal_engine.training.jobs import TrainJob
+
+MISSING = "could not be had"  # why a self-edit is rejected that its source failed to give: it counts nowhere
+MakeJob = Callable[[str, str], TrainJob]  # as Domain.job
 
 
 class CheckpointedSteps:
@@ -75,11 +87,10 @@ class CheckpointedSteps:
         make_job: MakeJob,
     ) -> dict[str, Any]:
         """Sample or fetch self-edits; returns what to record. Stops the run where too many are missing or invalid."""
-        common = self.config, make_job, self.seed, str(phase), contexts
         if isinstance(writer, SelfEditSource):
-            edits = take_self_edits(self.engine, *common, writer)
+            edits = self._take(str(phase), contexts, writer, make_job)
         else:
-            edits = sample_self_edits(self.engine, self.domain, *common, writer, count, self.progress)
+            edits = self._sample(str(phase), contexts, count, writer, make_job)
         rejected = [edit for edit in edits if edit.rejected is not None]
         missing = sum(edit.rejected == MISSING for edit in rejected)
         self._validate_missing(phase, missing, len(edits), "self-edits could not be had")
@@ -89,6 +100,45 @@ class CheckpointedSteps:
             self.log(f"seed {self.seed}, {phase}: {len(rejected)} of {len(edits)} self-edits were rejected")
         metrics = {"seed": self.seed, "phase": str(phase), "self_edits": len(edits), "rejected": len(rejected)}
         return {"self_edits": edits, "metrics": metrics}
+
+    def _sample(
+        self, phase: str, contexts: Sequence[str], count: int, policy: Adapter | None, make_job: MakeJob
+    ) -> list[SelfEdit]:
+        """`count` self-edits of the policy for each context; invalid ones are sampled again, `resamples` times."""
+        config, domain = self.config, self.domain
+        due = [(context, index) for context in contexts for index in range(count)]
+        edits: dict[tuple[str, int], SelfEdit] = {}
+        params = replace(config.sampling_params, logits_hook=domain.logits_hook(config.max_tokens))
+        for attempt in range(1, config.resamples + 2):
+            seeds = [derive_seed(self.seed, phase, *key, attempt) for key in due]
+            prompts = [domain.prompt(context) for context, _ in due]
+            own_params = [replace(params, seed=seed) for seed in seeds]
+            outputs = self.engine.generate(prompts, own_params, policy, progress=self.progress)
+            again = []
+            for (context, index), seed, output in zip(due, seeds, outputs, strict=True):
+                sample = output.outputs[0] if output.outputs else Completion(index)
+                rejected, retryable = (output.error, False) if output.error else _check(make_job, context, sample.text)
+                edits[context, index] = SelfEdit(
+                    self.seed, phase, context, index, sample.text, tuple(sample.token_ids), seed, attempt, rejected
+                )
+                if retryable:
+                    again.append((context, index))
+            due = again
+            if not due:
+                break
+        return list(edits.values())
+
+    def _take(self, phase: str, contexts: Sequence[str], source: SelfEditSource, make_job: MakeJob) -> list[SelfEdit]:
+        """The self-edits that another source gives for each context."""
+        edits, engine = [], self.engine
+        # The end token is part of a self-edit, so that a policy that learns from it learns to end.
+        end = () if engine.end_token_id is None else (engine.end_token_id,)
+        for context, texts in zip(contexts, source.write(contexts, self.config.sampling_params), strict=True):
+            for index, text in enumerate(texts or [None]):
+                ids = [] if text is None else engine.tokenizer.encode(text, add_special_tokens=False)
+                rejected = MISSING if text is None else _check(make_job, context, text)[0]
+                edits.append(SelfEdit(self.seed, phase, context, index, text or "", (*ids, *end), None, 1, rejected))
+        return edits
 
     def evaluate(
         self, phase: Phase, candidates: Sequence[Candidate], repeats: int, aggregate: str = "mean"
@@ -144,6 +194,15 @@ class CheckpointedSteps:
 
     def _name(self, phase: Phase, part: str = "", number: int | None = None) -> str:
         return str(Step(self.seed, phase, part, number))
+
+
+def _check(make_job: MakeJob, context: str, text: str) -> tuple[str | None, bool]:
+    """Why nothing can be trained on a self-edit, None if it is valid; and whether to sample it again."""
+    try:
+        make_job(context, text)
+    except InvalidSelfEditError as error:
+        return str(error), error.retryable
+    return None, False
 
 
 def _summary(metrics: Mapping[str, Any], trials: Sequence[Trial]) -> str:

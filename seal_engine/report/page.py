@@ -220,8 +220,17 @@ def _kept(data: RunData) -> str:
             rewards = (mean(own) for own in (one.base, one.kept_rewards + one.other_rewards, one.kept_rewards))
             counts = (one.number, kept + others + one.rejected, one.rejected, kept)
             lines.append((*map(str, counts), *map(percent, rewards), *lengths))
-        heads = ("round", "self-edits", "rejected", "kept", "no adapter", "reward", "reward, kept", "tokens, kept",
-                 "tokens, not kept")  # fmt: skip
+        heads = (
+            "round",
+            "self-edits",
+            "rejected",
+            "kept",
+            "no adapter",
+            "reward",
+            "reward, kept",
+            "tokens, kept",
+            "tokens, not kept",
+        )
         parts.append(table(heads, lines, range(9)))
         parts.append('<p class="note">Over all seeds: mean accuracy and rewards in percent, median tokens.</p>\n')
         lines = [

@@ -94,9 +94,14 @@ class FewShotConfig:
     def job(self, sequences: Sequence, learning_rate: float, epochs: int) -> TrainJob:
         """The inner loop on some training sequences."""
         return TrainJob(
-            sequences, self.lora, learning_rate, self.lr_scheduler,
-            warmup_steps=self.warmup_steps, num_epochs=epochs, batch_size=self.batch_size,
-        )  # fmt: skip
+            sequences,
+            self.lora,
+            learning_rate,
+            self.lr_scheduler,
+            warmup_steps=self.warmup_steps,
+            num_epochs=epochs,
+            batch_size=self.batch_size,
+        )
 
     def grid(self) -> list[Directive]:
         """All directives with the oracle's learning rates and epochs."""
@@ -134,9 +139,12 @@ class FewShot:
         self.splits = {name: {f"{name} {task.name}": task for task in tasks} for name, tasks in splits.items()}
         self.tasks = self.splits["train"] | self.splits["held out"]
         self.form = TextForm(
-            config.few_shot_prompt_template, config.example_template, config.grid_template, config.directive_template,
+            config.few_shot_prompt_template,
+            config.example_template,
+            config.grid_template,
+            config.directive_template,
             config.chat,
-        )  # fmt: skip
+        )
         stop = config.answer_stop or None
         self.answer_params = SamplingParams(temperature=0, max_tokens=config.answer_tokens, stop=stop)
         self._sources: dict[str, SelfEditSource] = {}

@@ -84,19 +84,27 @@ class KnowledgeConfig:
     def job(self, sequences: Sequence[str]) -> TrainJob:
         """The inner loop on some training sequences."""
         return TrainJob(
-            sequences, self.lora, self.learning_rate, self.lr_scheduler,
-            num_epochs=self.epochs, batch_size=self.batch_size, append_eos=self.append_eos,
+            sequences,
+            self.lora,
+            self.learning_rate,
+            self.lr_scheduler,
+            num_epochs=self.epochs,
+            batch_size=self.batch_size,
+            append_eos=self.append_eos,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
-        )  # fmt: skip
+        )
 
     def make_endpoint(self) -> Endpoint | None:
         """The endpoint, if there is one."""
         if not self.endpoint:
             return None
         return Endpoint(
-            self.endpoint, self.endpoint_model, self.endpoint_key_variable, self.endpoint_concurrency,
+            self.endpoint,
+            self.endpoint_model,
+            self.endpoint_key_variable,
+            self.endpoint_concurrency,
             self.endpoint_timeout,
-        )  # fmt: skip
+        )
 
 
 log = logging.getLogger("seal_engine")
@@ -124,9 +132,10 @@ class Knowledge:
             temperature=0, max_tokens=config.answer_tokens, stop=config.answer_stop or None
         )
         needs = {
-            "prompt_template": ["context"], "question_template": ["question"],
+            "prompt_template": ["context"],
+            "question_template": ["question"],
             "reading_template": ["context", "question"],
-        }  # fmt: skip
+        }
         self.templates = {k: read_template(getattr(config, k), f"{k}.txt", *names) for k, names in needs.items()}
         endpoint = config.make_endpoint()
         if endpoint is not None:
@@ -259,9 +268,14 @@ class Knowledge:
             prompt = self.prompt_text(context)
             articles.append(Article(passage.title, passage.context, tuple(judged), prompt))
         lora = {
-            "rank": c.rank, "alpha": c.alpha, "dropout": c.dropout, "epochs": c.epochs, "lr": c.learning_rate,
-            "batch_size": c.batch_size, "grad_accum_steps": c.gradient_accumulation_steps,
-        }  # fmt: skip
+            "rank": c.rank,
+            "alpha": c.alpha,
+            "dropout": c.dropout,
+            "epochs": c.epochs,
+            "lr": c.learning_rate,
+            "batch_size": c.batch_size,
+            "grad_accum_steps": c.gradient_accumulation_steps,
+        }
         model = Path(str(ledger.config.get("model", ""))).name
         finished = {step: when for step, when, _ in ledger.steps()}.get(f"seed {seed}, {phase}", ledger.started)
         stamp = datetime.fromisoformat(finished).strftime("%m%d_%H%M%S")
