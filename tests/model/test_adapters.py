@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import oracle
 from compare import relative_error
 from seal_engine import Adapter, Engine, InputError, LoraConfig
-from seal_engine.model.adapters import ALIGNMENT
+from seal_engine.model.adapter_layout import ALIGNMENT
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ["llama-biases-tied", "mistral-window", "qwen2", "qwen3"]
