@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import measure
-from seal_engine.model.adapter_layout import GROUPS, projection_sizes
+from seal_engine.model.adapter_layout import GROUPS, ProjectionGroup, projection_sizes
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.lora_batch import LoraBatch
@@ -29,7 +29,6 @@ from seal_kernels.lora import LoraGroup, lora_linear, lora_linear_ref
 from shapes import SHAPES
 
 GPU = measure.DEVICE.type == "cuda"
-NAMES = ("qkv", "o", "gate_up", "down")
 # (shape, dtype, tokens, group of projections, adapters, rank)
 if GPU:
     SETTING = ("qwen2.5-7b", torch.bfloat16, 8192)
@@ -83,9 +82,9 @@ def check(whole, looped, x, weight, group, bound):
 @pytest.mark.parametrize(("shape", "dtype", "T", "name", "count", "rank"), CASES, ids=str)
 def test_lora(benchmark, record, shape, dtype, T, name, count, rank):
     config = ModelConfig.from_dict(SHAPES[shape] | {"num_hidden_layers": 1}, shape)
-    number = NAMES.index(name)
-    I, widths = projection_sizes(config)[number]
-    lora, O = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=GROUPS[number]), sum(widths)
+    projections = ProjectionGroup[name.upper()]
+    I, widths = projection_sizes(config)[projections]
+    lora, O = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=GROUPS[projections]), sum(widths)
     adapters = [Adapter(config, lora, measure.DEVICE) for _ in range(count)]
     generator = torch.Generator(measure.DEVICE).manual_seed(0)
     for adapter in adapters:
@@ -93,7 +92,7 @@ def test_lora(benchmark, record, shape, dtype, T, name, count, rank):
         adapter.grads = torch.zeros_like(adapter.params)
     batch = LoraBatch.make(adapters, ragged(T, count), train=True)  # on a GPU with its tables, as once a step
     assert batch is not None
-    group = batch.groups[0, number]
+    group = batch.groups[0, projections]
     x = torch.randn(T, I, device=measure.DEVICE, generator=generator).to(dtype)
     weight = (torch.randn(O, I, device=measure.DEVICE, generator=generator) * 0.02).to(dtype)
     factors = [factor.to(dtype) for adapter in adapters for _, *pair in adapter.projections() for factor in pair]

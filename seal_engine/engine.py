@@ -34,7 +34,6 @@ from seal_engine.training.verbs import forward_backward, optim_step
 from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_integer, require
 
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
-ROW_TILE = 128  # rows a matrix product in deterministic mode: large enough to be fast
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
 MAX_NUM_SEQS = 256  # completions sampled at once
 
@@ -53,7 +52,7 @@ class Engine:
         self.model = model
         self.directory = directory
         if deterministic:
-            model.row_tile = ROW_TILE
+            model.batch_invariant = True
         self.inputs = Inputs(model.config, lambda: self.tokenizer, lambda: self.end_token_id)
         self._seeds = count(2**63)  # of requests without one: beyond those that a request may have
         if tokenizer is not None:

@@ -1,7 +1,7 @@
 """AdamW on many tensors at once (Loshchilov & Hutter, arXiv 1711.05101), each clipped by its own gradient norm.
 
 A slot is one adapter: parameters p, gradient g and moments m, v, flat and of equal length. With its own learning rate
-l, decay w, betas b1 and b2, eps, and t the count of its steps, this one included:
+l, decay w, betas b1 and b2, eps, and count t of its steps, this step included:
 
     g <- g min(1, max_norm / (|g| + 1e-6))
     p <- p (1 - l w)        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
@@ -9,8 +9,8 @@ l, decay w, betas b1 and b2, eps, and t the count of its steps, this one include
 
 A slot whose norm is not finite keeps its p, m and v to the bit, and its g is zeroed too: its caller sees the norm.
 
-Bytes, float32: 4 an element for the norm, then 32 (four tensors read and written: g is zeroed in the same pass).
-About 15 FLOPs an element: memory bound. Sums have a fixed order that no other slot takes part in. Limits of the
+Bytes per element, float32: 4 for the norm, then 32 (four tensors read and written: g is zeroed in the same pass).
+About 15 FLOPs per element: memory bound. Sums have a fixed order in which no other slot takes part. Limits of the
 launch: 65535 slots.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import cdiv, tl, triton, use_triton
+from seal_kernels.dispatch import LaunchConfig, ceil_div, tl, triton, use_triton
 
 
 @dataclass(frozen=True)
 class Hyper:
-    """Each slot's own: sequences of S numbers."""
+    """Hyper-parameters: sequences of S numbers, one per slot."""
 
     learning_rate: Sequence[float]
     beta1: Sequence[float]
@@ -63,7 +63,7 @@ def square_sums_kernel(
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for block in range(BLOCKS):
         at = first + block * BLOCK + tl.arange(0, BLOCK)
-        g = tl.load(g_ptr + at, mask=at < size, other=0.0)
+        g = tl.load(g_ptr + at, mask=at < size, other=0.0)  # [BLOCK]
         acc += g * g
     tl.store(sums_ptr + slot * tl.num_programs(0) + tl.program_id(0), tl.sum(acc, axis=0))
 
@@ -103,10 +103,10 @@ def adamw_kernel(
     for block in range(BLOCKS):
         at = first + block * BLOCK + tl.arange(0, BLOCK)
         mask = at < touched
-        g = tl.load(g_ptr + at, mask=mask, other=0.0) * clip
-        m = tl.load(m_ptr + at, mask=mask, other=0.0)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0)
-        p = tl.load(p_ptr + at, mask=mask, other=0.0)
+        g = tl.load(g_ptr + at, mask=mask, other=0.0) * clip  # [BLOCK]
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)  # [BLOCK]
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)  # [BLOCK]
+        p = tl.load(p_ptr + at, mask=mask, other=0.0)  # [BLOCK]
         m += rest1 * (g - m)
         v = beta2 * v + rest2 * (g * g)
         p = p * keep - step_size * (m / (tl.sqrt_rn(v) * inverse_root + eps))
@@ -116,14 +116,14 @@ def adamw_kernel(
         tl.store(g_ptr + at, tl.zeros([BLOCK], dtype=tl.float32), mask=at < size)
 
 
-def launch_config(which: str) -> dict[str, int]:
-    """Blocks and warps of kernel `which` ("square_sums", "norm", "adamw"). A thread reads 16 bytes of a tensor at once;
-    programs take several blocks, so that those past the end of the shorter slots are few."""
-    if which == "norm":
-        return {"SPAN": 16384, "BLOCK": 1024, "num_warps": 4}
-    return {"BLOCK": 2048, "BLOCKS": 8, "num_warps": 8} if which == "adamw" else {
-        "BLOCK": 4096, "BLOCKS": 4, "num_warps": 8,
-    }  # fmt: skip
+# A thread reads 16 bytes of a tensor at once. A program takes SPAN elements of a slot in several blocks, so that few
+# blocks lie past the end of the shorter slots.
+SPAN = 16384
+LAUNCH_CONFIGS = {
+    "square_sums": LaunchConfig({"BLOCK": 4096, "BLOCKS": SPAN // 4096}, num_warps=8),
+    "norm": LaunchConfig({"SPAN": SPAN, "BLOCK": 1024}, num_warps=4),
+    "adamw": LaunchConfig({"BLOCK": 2048, "BLOCKS": SPAN // 2048}, num_warps=8),
+}
 
 
 def _step_triton(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
@@ -141,15 +141,15 @@ def _step_triton(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
         1 - beta1, beta2, 1 - beta2, eps, max_norm,
     )  # fmt: skip
     numbers = torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)).to(device)
-    programs = cdiv(int(table[:, 4].max()), launch_config("norm")["SPAN"])
+    programs = ceil_div(int(table[:, 4].max()), SPAN)
     table = torch.from_numpy(table).to(device)
     sums = torch.empty(S, programs, dtype=torch.float32, device=device)
     norms = torch.empty(S, dtype=torch.float32, device=device)
     if programs:
-        square_sums_kernel[(programs, S)](table, sums, ALIGNED=aligned, **launch_config("square_sums"))
-    norm_kernel[(S,)](table, sums, norms, programs, **launch_config("norm"))
+        square_sums_kernel[(programs, S)](table, sums, ALIGNED=aligned, **LAUNCH_CONFIGS["square_sums"].options())
+    norm_kernel[(S,)](table, sums, norms, programs, **LAUNCH_CONFIGS["norm"].options())
     if programs:
-        adamw_kernel[(programs, S)](table, numbers, norms, ALIGNED=aligned, **launch_config("adamw"))
+        adamw_kernel[(programs, S)](table, numbers, norms, ALIGNED=aligned, **LAUNCH_CONFIGS["adamw"].options())
     return norms
 
 

@@ -9,22 +9,21 @@ over the tokens j <= i of i's own sequence and, with a window W, j > i - W. Back
 
 Shapes: q [T, H, E], k and v [T, K, E], query head h reading key head h // (H // K); cu_seqlens int32 [S + 1],
 sequence s being the tokens cu_seqlens[s] .. cu_seqlens[s + 1]. Nothing of size T x T is ever made: p is recomputed in
-backward from one float a query and head, lse. No sum crosses sequences and none is made by atomic additions, so a
-sequence's bits depend neither on its company nor on the run.
+backward from lse, one float per query and head. No sum crosses sequences and none is made by atomic additions, so a
+sequence's bits depend neither on the other sequences nor on the run.
 FLOPs, P the number of pairs (i, j): 4 P H E forward, 10 P H E backward (14 as done here: p is made twice, once for dk
 and dv, once for dq). Bytes, b per element: 2 b T (H + K) E forward when a sequence's keys stay in cache.
 """
 
-import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from seal_kernels.attention_common import capability, common_arguments, head_block, launch_config, online_softmax
 from seal_kernels.attention_cpu import Sequences, attention_backward_cpu, attention_forward_cpu
-from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
-
-LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
+from seal_kernels.dispatch import apply, ceil_div, tl, triton, use_triton
 
 
 def attention_ref(
@@ -36,7 +35,7 @@ def attention_ref(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The equation in float32 (float64 for float64 input), in q's dtype, a matrix of scores a sequence and head."""
+    """The equation in float32 (float64 for float64 input), in q's dtype: one matrix of scores per sequence and head."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     bounds, group = cu_seqlens.tolist(), (k.shape[1], -1)
     outs = [q[:0]]
@@ -55,21 +54,21 @@ def attention_ref(
 def _load_rows(ptr, first, length, stride, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     """Rows first .. first + BLOCK of a sequence's head at ptr; 0 past its end, whatever the neighbour holds there."""
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
-    mask = (first + rows < length)[:, None] & (cols < E)[None, :]
+    mask = (first + rows < length)[:, None] & (cols < E)[None, :]  # [BLOCK, BE]
     return tl.load(ptr + first.to(tl.int64) * stride + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_rows(ptr, x, first, length, stride, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
-    mask = (first + rows < length)[:, None] & (cols < E)[None, :]
+    mask = (first + rows < length)[:, None] & (cols < E)[None, :]  # [BLOCK, BE]
     out = ptr + first.to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
     tl.store(out, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _visible(i, j, window, HAS_WINDOW: tl.constexpr):
-    """Which keys j the queries i see. True for no key past the sequence's end unless the query is past it too."""
+    """Whether query i sees key j. A key past the sequence's end is seen only by queries past it."""
     seen = j <= i
     if HAS_WINDOW:
         seen &= j > i - window
@@ -78,8 +77,8 @@ def _visible(i, j, window, HAS_WINDOW: tl.constexpr):
 
 @triton.jit
 def _key_blocks(m0, length, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first, edge, full, diagonal): where the keys of queries m0 .. m0 + BLOCK_M begin, and how many blocks of them
-    the window's edge cuts, all queries see whole, and the diagonal cuts."""
+    """(first, edge, full, diagonal): where the keys of queries m0 .. m0 + BLOCK_M begin, and the numbers of key blocks
+    that the window's edge cuts, that all queries see whole, and that the diagonal cuts."""
     first, edge = m0 * 0, m0 * 0  # a Python 0 would be no tensor in the interpreter
     whole = (m0 + 1) // BLOCK_N
     if HAS_WINDOW:
@@ -105,25 +104,22 @@ def _query_blocks(n0, length, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.cons
 
 @triton.jit
 def _attend(
-    acc, norm, top, q, k_ptr, v_ptr, m0, n0, length, window, scale2, stride_kt, stride_vt,
-    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    acc, l_i, m_i, q, k_ptr, v_ptr, m0, n0, length, window, scale2, stride_kt, stride_vt,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(acc, norm, top) with one more block of keys: sums of p v and p, p = 2^(score - top), and the largest score."""
-    k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    """(acc, l_i, m_i) with one more block of keys: the sums of p v and of p, and the largest score."""
+    # compute q k^T
+    k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)  # [BN, BE]
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     if MASKED:
         i, j = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         score = tl.where(_visible(i[:, None], j[None, :], window, HAS_WINDOW), score, float("-inf"))
-    new = tl.maximum(top, tl.max(score, axis=1) * scale2)
-    base = new
-    if MASKED and HAS_WINDOW:
-        base = tl.where(new == float("-inf"), 0.0, new)  # a query that sees nothing so far
-    p = tl.math.exp2(score * scale2 - base[:, None])
-    shrink = tl.math.exp2(top - base)
-    v = _load_rows(v_ptr, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, norm * shrink + tl.sum(p, axis=1), new
+    p, alpha, m_i = online_softmax(m_i, score, scale2, MASKED and HAS_WINDOW)
+    # rescale the accumulator and add p v
+    v = _load_rows(v_ptr, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)  # [BN, BE]
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BM, BE]
+    return acc, l_i * alpha + tl.sum(p, axis=1), m_i
 
 
 @triton.jit
@@ -131,10 +127,9 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
     T, group, window, scale2,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
-    HAS_WINDOW: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # The last queries of a sequence have the most keys: they start first.
+    """A program makes out and lse of BLOCK_M queries of one head. The last queries, with the most keys, start first."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
     start = tl.load(cu_seqlens_ptr + tl.program_id(2)).to(tl.int64)
@@ -143,28 +138,30 @@ def attention_forward_kernel(
         return
     k_ptr += start * stride_kt + head // group * stride_kh
     v_ptr += start * stride_vt + head // group * stride_vh
-    q = _load_rows(q_ptr + start * stride_qt + head * stride_qh, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)
+    q = _load_rows(q_ptr + start * stride_qt + head * stride_qh, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)  # [BM, BE]
     acc = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
-    norm = tl.zeros([BLOCK_M], dtype=tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     first, edge, full, diagonal = _key_blocks(m0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
+    # keys that all queries see
     for block in range(full):
-        acc, norm, top = _attend(
-            acc, norm, top, q, k_ptr, v_ptr, m0, first + (edge + block) * BLOCK_N, length, window, scale2,
-            stride_kt, stride_vt, False, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_ptr, v_ptr, m0, first + (edge + block) * BLOCK_N, length, window, scale2,
+            stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=False,
         )  # fmt: skip
+    # keys at the window's edge and on the diagonal
     for block in range(edge + diagonal):
         n0 = first + tl.where(block < edge, block, block + full) * BLOCK_N
-        acc, norm, top = _attend(
-            acc, norm, top, q, k_ptr, v_ptr, m0, n0, length, window, scale2,
-            stride_kt, stride_vt, True, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_ptr, v_ptr, m0, n0, length, window, scale2,
+            stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=True,
         )  # fmt: skip
     if HAS_WINDOW:
-        norm = tl.where(norm == 0.0, 1.0, norm)  # a row past the end, which is not stored, may see nothing
+        l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row past the end, which is not stored, may see nothing
     out = out_ptr + start * stride_ot + head * E
-    _store_rows(out, acc / norm[:, None], m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
+    _store_rows(out, acc / l_i[:, None], m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
     rows = m0 + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + head * T + start + rows, top + tl.math.log2(norm), mask=rows < length)
+    tl.store(lse_ptr + head * T + start + rows, m_i + tl.math.log2(l_i), mask=rows < length)
 
 
 @triton.jit
@@ -173,37 +170,41 @@ def attention_delta_kernel(
     T, H,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """delta_i = out_i . dout_i for BLOCK_M tokens of one head per program."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_E)
     head = tl.program_id(1).to(tl.int64)
     mask = (rows < T)[:, None] & (cols < E)[None, :]
     offsets = (rows * H + head)[:, None] * E + cols[None, :]
-    out = tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BM, BE]
+    dout = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BM, BE]
     tl.store(delta_ptr + head * T + rows, tl.sum(out * dout, axis=1), mask=rows < T)
 
 
 @triton.jit
 def _add_dkdv(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, m0, n0, length, window, scale2, stride_qt, stride_ot,
-    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with one more block of queries. Scores are held transposed: p and ds are then left operands."""
+    # recompute p^T from k q^T and lse
     i = m0 + tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)
-    lse = tl.load(lse_ptr + i, mask=i < length, other=float("inf"))  # p = 0 past the end
-    score = tl.dot(k, tl.trans(q), input_precision="ieee")
-    p = tl.math.exp2(score * scale2 - lse[None, :])
+    q = _load_rows(q_ptr, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)  # [BM, BE]
+    lse = tl.load(lse_ptr + i, mask=i < length, other=float("inf"))  # [BM]; inf: p = 0 past the end
+    score = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
+    p = tl.math.exp2(score * scale2 - lse[None, :])  # [BN, BM]
     if MASKED:
         j = n0 + tl.arange(0, BLOCK_N)
         p = tl.where(_visible(i[None, :], j[:, None], window, HAS_WINDOW), p, 0.0)
-    dout = _load_rows(dout_ptr, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-    delta = tl.load(delta_ptr + i, mask=i < length, other=0.0)
+    # dv += p^T dout
+    dout = _load_rows(dout_ptr, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)  # [BM, BE]
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")  # [BN, BE]
+    # ds^T = p^T (v dout^T - delta), dk += ds^T q
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")  # [BN, BM]
+    delta = tl.load(delta_ptr + i, mask=i < length, other=0.0)  # [BM]
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BN, BE]
     return dk, dv
 
 
@@ -212,10 +213,10 @@ def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
     T, group, window, scale, scale2,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_gt,
-    HAS_WINDOW: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    n0 = tl.program_id(0) * BLOCK_N  # the first keys of a sequence have the most queries
+    """A program makes dk and dv of BLOCK_N keys of one key head. The first keys of a sequence have the most queries."""
+    n0 = tl.program_id(0) * BLOCK_N
     key_head = tl.program_id(1).to(tl.int64)
     start = tl.load(cu_seqlens_ptr + tl.program_id(2)).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - start).to(tl.int32)
@@ -227,24 +228,28 @@ def attention_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
     first, diagonal, full, edge = _query_blocks(n0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
     # The whole group in one program, in order: its sum needs no atomic additions and has the same bits every time.
-    # One loop over heads and blocks, not one in the other: loads of the next head start before the last one is done.
+    # One loop over heads and blocks, not two nested ones: loads of the next head start before the last one is done.
     q_ptr += start * stride_qt + key_head * group * stride_qh
     dout_ptr += start * stride_ot + key_head * group * E
     lse_ptr += key_head * group * T + start
     delta_ptr += key_head * group * T + start
     cut = diagonal + edge
+    # queries on the diagonal and at the window's edge
     for step in range(group * cut):
         head, block = (step // cut).to(tl.int64), step % cut
         m0 = first + tl.where(block < diagonal, block, block + full) * BLOCK_M
         dk, dv = _add_dkdv(
             dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
-            m0, n0, length, window, scale2, stride_qt, stride_ot, True, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+            m0, n0, length, window, scale2, stride_qt, stride_ot,
+            HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=True,
         )  # fmt: skip
+    # queries that see all of the keys
     for step in range(group * full):
         head, m0 = (step // full).to(tl.int64), first + (diagonal + step % full) * BLOCK_M
         dk, dv = _add_dkdv(
             dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
-            m0, n0, length, window, scale2, stride_qt, stride_ot, False, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+            m0, n0, length, window, scale2, stride_qt, stride_ot,
+            HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=False,
         )  # fmt: skip
     out = start * stride_gt + key_head * E
     _store_rows(dk_ptr + out, dk * scale, n0, length, stride_gt, E, BLOCK_N, BLOCK_E)
@@ -254,18 +259,20 @@ def attention_dkdv_kernel(
 @triton.jit
 def _add_dq(
     dq, q, dout, lse, delta, k_ptr, v_ptr, m0, n0, length, window, scale2, stride_kt, stride_vt,
-    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq with one more block of keys."""
-    k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)
-    v = _load_rows(v_ptr, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)
-    p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse[:, None])
+    k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)  # [BN, BE]
+    v = _load_rows(v_ptr, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)  # [BN, BE]
+    # recompute p from q k^T and lse
+    p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse[:, None])  # [BM, BN]
     if MASKED:
         i, j = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         p = tl.where(_visible(i[:, None], j[None, :], window, HAS_WINDOW), p, 0.0)
-    ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    # ds = p (dout v^T - delta), dq += ds k
+    ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])  # [BM, BN]
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BM, BE]
 
 
 @triton.jit
@@ -273,9 +280,9 @@ def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
     T, group, window, scale, scale2,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
-    HAS_WINDOW: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dq of BLOCK_M queries of one head, as the forward kernel makes out."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
     start = tl.load(cu_seqlens_ptr + tl.program_id(2)).to(tl.int64)
@@ -285,75 +292,48 @@ def attention_dq_kernel(
     k_ptr += start * stride_kt + head // group * stride_kh
     v_ptr += start * stride_vt + head // group * stride_vh
     out = start * stride_ot + head * E
-    q = _load_rows(q_ptr + start * stride_qt + head * stride_qh, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)
-    dout = _load_rows(dout_ptr + out, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
+    q = _load_rows(q_ptr + start * stride_qt + head * stride_qh, m0, length, stride_qt, E, BLOCK_M, BLOCK_E)  # [BM, BE]
+    dout = _load_rows(dout_ptr + out, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)  # [BM, BE]
     rows = m0 + tl.arange(0, BLOCK_M)
-    lse = tl.load(lse_ptr + head * T + start + rows, mask=rows < length, other=float("inf"))
-    delta = tl.load(delta_ptr + head * T + start + rows, mask=rows < length, other=0.0)
+    lse = tl.load(lse_ptr + head * T + start + rows, mask=rows < length, other=float("inf"))  # [BM]
+    delta = tl.load(delta_ptr + head * T + start + rows, mask=rows < length, other=0.0)  # [BM]
     dq = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     first, edge, full, diagonal = _key_blocks(m0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
     for block in range(full):
         dq = _add_dq(
             dq, q, dout, lse, delta, k_ptr, v_ptr, m0, first + (edge + block) * BLOCK_N, length, window, scale2,
-            stride_kt, stride_vt, False, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+            stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=False,
         )  # fmt: skip
     for block in range(edge + diagonal):
         n0 = first + tl.where(block < edge, block, block + full) * BLOCK_N
         dq = _add_dq(
             dq, q, dout, lse, delta, k_ptr, v_ptr, m0, n0, length, window, scale2,
-            stride_kt, stride_vt, True, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E,
+            stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=True,
         )  # fmt: skip
     _store_rows(dq_ptr + out, dq * scale, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) for heads of up to 64, 128 and 256 elements: large, without spilling.
-# float32 takes no tensor cores, so as to be exact: its blocks are held and multiplied in registers.
-_FLOAT32 = {
-    "forward": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    "dkdv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    "dq": ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 16, 1)),
-}
-_AMPERE = {
-    "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
-    "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
-    "dq": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-}
-_HOPPER = {  # and later: its matrix instructions take 64 rows for each 4 warps
-    "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-    "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 8, 2)),  # 256 elements of both would spill in 64 rows
-    "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-}
-
-
-def launch_config(E: int, dtype: torch.dtype, which: str, capability: tuple[int, int]) -> dict[str, int]:
-    """Blocks, warps and stages of kernel `which` ("forward", "delta", "dkdv", "dq") for heads of E elements."""
-    block = max(16, block_size(E))
-    if which == "delta":
-        return {"BLOCK_M": 4096 // block, "BLOCK_E": block, "num_warps": 4}
-    table = _FLOAT32 if dtype == torch.float32 else _HOPPER if capability >= (9, 0) else _AMPERE
-    M, N, warps, stages = table[which][0 if block <= 64 else 1 if block <= 128 else 2]
-    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_E": block, "num_warps": warps, "num_stages": stages}
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; a stand-in where there is none (the interpreter)."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def _arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int | None) -> dict[str, Any]:
+    """The arguments that the forward kernel and both backward kernels share."""
+    (T, H, E), K = q.shape, k.shape[1]
+    strides = {"stride_qt": q.stride(0), "stride_qh": q.stride(1), "stride_kt": k.stride(0), "stride_kh": k.stride(1)}
+    strides |= {"stride_vt": v.stride(0), "stride_vh": v.stride(1), "stride_ot": H * E}
+    tensors = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "cu_seqlens_ptr": cu_seqlens}
+    return {**tensors, "T": T, **strides, **common_arguments(E, H // K, scale, window)}
 
 
 def _forward_triton(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse [H, T]), lse in base 2."""
-    (T, H, E), K, S = q.shape, k.shape[1], cu_seqlens.numel() - 1
+    (T, H, E), S = q.shape, cu_seqlens.numel() - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(H, T, dtype=torch.float32, device=q.device)
     if T:
-        config = launch_config(E, q.dtype, "forward", _capability(q.device))
-        attention_forward_kernel[(cdiv(max_seqlen, config["BLOCK_M"]), H, S)](
-            q, k, v, out, lse, cu_seqlens, T, H // K, window or 0, scale * LOG2_E,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H * E,
-            HAS_WINDOW=window is not None, E=E, **config,
-        )  # fmt: skip
+        config = launch_config("forward", E, q.dtype, capability(q.device))
+        attention_forward_kernel[(ceil_div(max_seqlen, config.blocks["BLOCK_M"]), H, S)](
+            **_arguments(q, k, v, cu_seqlens, scale, window), out_ptr=out, lse_ptr=lse, **config.options()
+        )
     return out, lse
 
 
@@ -362,31 +342,33 @@ def _backward_triton(
     cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (T, H, E), K, S = q.shape, k.shape[1], cu_seqlens.numel() - 1
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     delta = torch.empty_like(lse)
     if T:
-        which = {name: launch_config(E, q.dtype, name, _capability(q.device)) for name in ("delta", "dkdv", "dq")}
-        attention_delta_kernel[(cdiv(T, which["delta"]["BLOCK_M"]), H)](out, dout, delta, T, H, E, **which["delta"])
-        sizes = (T, H // K, window or 0, scale, scale * LOG2_E)
-        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H * E)
-        attention_dkdv_kernel[(cdiv(max_seqlen, which["dkdv"]["BLOCK_N"]), K, S)](
-            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *sizes, *strides, K * E,
-            HAS_WINDOW=window is not None, E=E, **which["dkdv"],
-        )  # fmt: skip
-        attention_dq_kernel[(cdiv(max_seqlen, which["dq"]["BLOCK_M"]), H, S)](
-            q, k, v, dout, lse, delta, dq, cu_seqlens, *sizes, *strides,
-            HAS_WINDOW=window is not None, E=E, **which["dq"],
-        )  # fmt: skip
+        config = launch_config("delta", E, q.dtype)
+        attention_delta_kernel[(ceil_div(T, config.blocks["BLOCK_M"]), H)](
+            out, dout, delta, T, H, E=E, BLOCK_E=head_block(E), **config.options()
+        )
+        arguments = _arguments(q, k, v, cu_seqlens, scale, window)
+        arguments |= {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "scale": scale}
+        config = launch_config("dkdv", E, q.dtype, capability(q.device))
+        attention_dkdv_kernel[(ceil_div(max_seqlen, config.blocks["BLOCK_N"]), K, S)](
+            **arguments, dk_ptr=dk, dv_ptr=dv, stride_gt=K * E, **config.options()
+        )
+        config = launch_config("dq", E, q.dtype, capability(q.device))
+        attention_dq_kernel[(ceil_div(max_seqlen, config.blocks["BLOCK_M"]), H, S)](
+            **arguments, dq_ptr=dq, **config.options()
+        )
     return dq, dk, dv
 
 
 class Attention(torch.autograd.Function):
-    """Saves q, k, v, out and one float a query and head."""
+    """Saves q, k, v, out and one float per query and head."""
 
     @staticmethod
     def forward(
         ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
-        row_independent: bool,
+        batch_invariant: bool,
     ) -> Tensor:  # fmt: skip
         ctx.max_seqlen, ctx.scale, ctx.window = max_seqlen, scale, window
         if use_triton(q, k, v, cu_seqlens):
@@ -394,7 +376,7 @@ class Attention(torch.autograd.Function):
                 raise ValueError("attention: float64 is for the CPU")
             out, lse = _forward_triton(q, k, v, cu_seqlens, max_seqlen, scale, window)
         else:
-            ctx.sequences = Sequences.read(cu_seqlens, q.shape[0], max_seqlen, window, row_independent)
+            ctx.sequences = Sequences.read(cu_seqlens, q.shape[0], max_seqlen, window, batch_invariant)
             out, lse = attention_forward_cpu(q, k, v, ctx.sequences, scale, window)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         return out
@@ -439,17 +421,17 @@ def attention(
     max_seqlen: int,
     scale: float | None = None,
     window: int | None = None,
-    row_independent: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Causal attention within each packed sequence: [T, H, E], contiguous. Differentiable in q, k and v.
 
     q: [T, H, E]; k, v: [T, K, E], H a multiple of K, E at most 256; the last dimension contiguous, the other strides
     free. cu_seqlens: int32 [S + 1] on the same device, rising from 0 to T. max_seqlen: at least the longest sequence.
     scale: above 0, E ** -0.5 unless given. window: a query sees itself and the window - 1 tokens before it, or all.
-    row_independent: a sequence's bits do not depend on the others, for a slower path on the CPU; Triton's never do.
+    batch_invariant: a sequence's bits do not depend on the others, for a slower path on the CPU; Triton's never do.
     Raises ValueError on shapes, dtypes and devices that do not match. What cu_seqlens holds is checked on the CPU
     only: the host does not read it from a GPU.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, scale, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(Attention, q, k, v, cu_seqlens, max_seqlen, scale, window, row_independent)
+    return apply(Attention, q, k, v, cu_seqlens, max_seqlen, scale, window, batch_invariant)

@@ -1,8 +1,8 @@
 """attention.py on the CPU: torch's flash kernel, on padded batches of short sequences and on long ones one by one.
 
-Called through `aten` itself: autograd through slices of the packed stream would fill a whole stream of zeros for each
-sequence. Batching changes a sequence's bits with its company (the kernel's blocks follow the longest), so those who
-need them equal take every sequence by itself.
+The kernel is called through `aten`: autograd through slices of the packed stream would fill a whole stream of zeros for
+each sequence. In a batch a sequence's bits depend on the longest one, which sets the kernel's blocks, so that
+batch-invariant attention takes every sequence by itself.
 """
 
 from collections.abc import Iterator
@@ -22,27 +22,29 @@ LEAST_SHARE = 0.7  # of a batch's longest sequence: shorter ones go into the nex
 
 @dataclass(frozen=True)
 class Sequences:
-    """How a packed stream is worked off: short sequences in padded batches, the others one by one."""
+    """A plan for a packed stream: short sequences in padded batches, the others one by one."""
 
-    alone: list[tuple[int, int]]  # (first token, end)
+    unbatched: list[tuple[int, int]]  # (first token, end)
     batches: list[tuple[int, int]]  # (sequences, tokens of the longest): consecutive in the padded stream
     sources: Tensor  # [P] int64: the token that a row of the padded stream holds; padding holds its sequence's last
     rows: Tensor  # [n] int64: where in the padded stream each batched token is
-    tokens: Tensor  # [n] int64: those tokens
+    tokens: Tensor  # [n] int64: these tokens
 
     @staticmethod
-    def read(cu_seqlens: Tensor, T: int, max_seqlen: int, window: int | None, row_independent: bool) -> "Sequences":
-        """Reads cu_seqlens: for tensors on the CPU. Raises ValueError if it does not rise from 0 to T."""
+    def read(cu_seqlens: Tensor, T: int, max_seqlen: int, window: int | None, batch_invariant: bool) -> "Sequences":
+        """Makes the plan from cu_seqlens, on the CPU. Raises ValueError if it does not rise from 0 to T."""
         bounds = cu_seqlens.tolist()
         spans = [(start, end) for start, end in pairwise(bounds) if end != start]
         if bounds[0] != 0 or bounds[-1] != T or any(end < start for start, end in spans):
             raise ValueError(f"attention: cu_seqlens must rise from 0 to {T}, not {bounds}")
         if any(end - start > max_seqlen for start, end in spans):
             raise ValueError(f"attention: max_seqlen is {max_seqlen}, the longest sequence is longer")
-        return _plan(tuple(spans), 0 if row_independent else SHORT if window is None else min(SHORT, window))
+        if batch_invariant:
+            return _plan(tuple(spans), 0)
+        return _plan(tuple(spans), SHORT if window is None else min(SHORT, window))
 
     def padded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x [T, ...] -> [P, ...]: the batched sequences' rows, padding included."""
+        """x [T, ...] -> [P, ...]: the rows of the batched sequences, padding included."""
         return x.index_select(0, self.sources).to(dtype)
 
     def each(self, *padded: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -56,7 +58,7 @@ class Sequences:
 
 @lru_cache(maxsize=16)  # the layers of a pass ask for the same
 def _plan(spans: tuple[tuple[int, int], ...], limit: int) -> Sequences:
-    """Sequences of up to `limit` tokens in batches, by length; the others alone."""
+    """Sequences of up to `limit` tokens in batches, by length; the others unbatched."""
     short = sorted((span for span in spans if span[1] - span[0] <= limit), key=lambda span: span[0] - span[1])
     batches: list[tuple[int, int]] = []
     for start, end in short:
@@ -70,8 +72,8 @@ def _plan(spans: tuple[tuple[int, int], ...], limit: int) -> Sequences:
     sources = torch.repeat_interleave(starts, widths) + within
     last = torch.repeat_interleave(ends, widths) - 1
     rows = (sources <= last).nonzero().squeeze(1)
-    alone = [span for span in spans if span[1] - span[0] > limit]
-    return Sequences(alone, batches, sources.minimum(last), rows, sources[rows])
+    unbatched = [span for span in spans if span[1] - span[0] > limit]
+    return Sequences(unbatched, batches, sources.minimum(last), rows, sources[rows])
 
 
 def _chunks(sequences: list[tuple[int, int]], window: int | None) -> Iterator[tuple[slice, slice, bool]]:
@@ -93,14 +95,14 @@ def _window_mask(queries: slice, keys: slice, window: int, dtype: torch.dtype) -
 
 
 def _grouped(x: Tensor, K: int, G: int, dtype: torch.dtype) -> Tensor:
-    """x [N, K G, E] or [N, K, E] as [G, K, N, E], the heads of a group as a batch: keys are expanded, not copied."""
+    """x [N, K G, E] or [N, K, E] as [G, K, N, E]: the heads of a group are a batch, keys are expanded, not copied."""
     return x.to(dtype).unflatten(1, (K, -1)).permute(2, 1, 0, 3).expand(G, -1, -1, -1)
 
 
 def attention_forward_cpu(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse [T, H]). 16-bit tensors are widened a chunk at a time: backward is faster so, and exact."""
+    """(out, lse [T, H]). 16-bit tensors are widened chunk by chunk, which makes backward faster, and exact."""
     (T, H, _), K = q.shape, k.shape[1]
     G, wide = H // K, torch.promote_types(q.dtype, torch.float32)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -114,7 +116,7 @@ def attention_forward_cpu(
             lses.append(part.transpose(1, 2).reshape(-1, H))
         for whole, parts in ((out, outs), (lse, lses)):
             whole.index_copy_(0, sequences.tokens, torch.cat(parts)[sequences.rows].to(whole.dtype))
-    for queries, keys, windowed in _chunks(sequences.alone, window):
+    for queries, keys, windowed in _chunks(sequences.unbatched, window):
         o, part = flash(
             _grouped(q[queries], K, G, wide), _grouped(k[keys], K, G, wide), _grouped(v[keys], K, G, wide),
             0.0, not windowed, scale=scale,
@@ -153,7 +155,7 @@ def attention_backward_cpu(
                 parts[i].append(grad if i == 0 or G == 1 else grad.unflatten(1, (K, G)).sum(2))
         for whole, part in zip((dq, dk, dv), parts, strict=True):
             whole.index_copy_(0, sequences.tokens, torch.cat(part)[sequences.rows].to(whole.dtype))
-    for queries, keys, windowed in _chunks(sequences.alone, window):
+    for queries, keys, windowed in _chunks(sequences.unbatched, window):
         dq_part, dk_part, dv_part = flash(
             _grouped(dout[queries], K, G, wide),
             _grouped(q[queries], K, G, wide), _grouped(k[keys], K, G, wide), _grouped(v[keys], K, G, wide),

@@ -12,21 +12,19 @@ is rounded once; backward is dlogprobs_t U_t.
 
 Shapes: hidden [T, D]; weight [V, D], frozen; targets [T] int64, negative where a token has no target; logprobs [T].
 FLOPs: 2 T D V for the logprobs and 2 T D V more for U, in matrix products of chunk_tokens rows, by the vendor's
-library. Bytes a token between them, b per element: 4 V written by the product, 4 V read for the sum of exponentials,
-4 V read and b V written for onehot - softmax, b V read by the second product; weight is read twice a chunk. The
+library. Bytes per token between them, b per element: 4 V written by the product, 4 V read for the sum of exponentials,
+4 V read and b V written for onehot - softmax, b V read by the second product; each chunk reads weight twice. The
 products are compute bound on a GPU if the chunk is long enough, the rest is memory bound.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, run, tl, triton, use_triton
+from seal_kernels.dispatch import LaunchConfig, apply, block_size, tl, triton, use_triton
 from seal_kernels.linear import multiply, multiply_backward
 
-IGNORE = -1  # a target that is no target; any negative number is (-100 too)
-CHUNK_BYTES = 224 * 2**20  # of logits and what is made of them: 256 tokens of 152000 words in 16 bits
+IGNORE = -1  # the target of a token without one; any negative number means the same (-100 too)
+CHUNK_BYTES = 224 * 2**20  # of logits and their gradient: 256 tokens of 152000 words in 16 bits
 
 
 def token_logprobs_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -58,39 +56,40 @@ def chunk_tokens(V: int, element_size: int) -> int:
 
 @triton.jit
 def logprob_kernel(logits_ptr, targets_ptr, logprobs_ptr, grad_ptr, V, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One row of logits a program. With GRAD it writes onehot - softmax, which may go where the logits are."""
+    """A program has one row of logits. With GRAD it writes onehot - softmax, which may go where the logits are."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     target = tl.load(targets_ptr + row)
-    found = target >= 0
+    has_target = target >= 0
     target_col = target.to(tl.int32)
     # A target that is out of range poisons its row rather than read another's memory.
-    z_target = tl.load(logits_ptr + target, mask=found & (target < V), other=float("nan"))
+    z_target = tl.load(logits_ptr + target, mask=has_target & (target < V), other=float("nan"))
     peak = tl.full((), -3e38, tl.float32)  # finite: -inf less -inf is NaN
     others = tl.full((), 0.0, tl.float32)  # sum of exp(z - peak), the target left out: 1 - p loses digits where p ~ 1
+    # the largest logit and the sum of exponentials, in one pass
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
+        z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))  # [BV]
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         e = tl.where(cols == target_col, 0.0, tl.exp(z - new_peak))
         others = others * tl.exp(peak - new_peak) + tl.sum(e, axis=0)
         peak = new_peak
     total = others + tl.exp(z_target - peak)
-    tl.store(logprobs_ptr + row, tl.where(found, z_target - peak - tl.log(total), 0.0))
+    tl.store(logprobs_ptr + row, tl.where(has_target, z_target - peak - tl.log(total), 0.0))
     if GRAD:
         grad_ptr += row * V
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
+            z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))  # [BV]
             grad = tl.where(cols == target_col, others, -tl.exp(z - peak)) / total
-            grad = tl.where(found, grad, 0.0).to(grad_ptr.dtype.element_ty)
+            grad = tl.where(has_target, grad, 0.0).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + cols, grad, mask=cols < V)
 
 
-def launch_config(V: int) -> dict[str, Any]:
-    """Block and warps for a row of V logits: 16 elements a thread, for enough loads in flight with few rows."""
+def launch_config(V: int) -> LaunchConfig:
+    """Settings for a row of V logits: 16 elements per thread, for enough loads in flight with few rows."""
     block = min(8192, block_size(V))
-    return {"BLOCK_V": block, "num_warps": max(1, block // 512)}
+    return LaunchConfig({"BLOCK_V": block}, num_warps=max(1, block // 512))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -115,9 +114,8 @@ def _forward_triton(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tenso
         rows = slice(first, min(first + chunk, T))
         logits, grad = buffer[: rows.stop - first], grad_buffer[: rows.stop - first]
         _product(hidden[rows], weight.T, logits)
-        logprob_kernel[(rows.stop - first,)](
-            logits, targets[rows].contiguous(), logprobs[rows], grad, V, GRAD=unit is not None, **launch_config(V)
-        )
+        tensors, options = (logits, targets[rows].contiguous(), logprobs[rows], grad), launch_config(V).options()
+        logprob_kernel[(rows.stop - first,)](*tensors, V, GRAD=unit is not None, **options)
         if unit is not None:
             _product(grad, weight, unit[rows])
     return logprobs
@@ -147,7 +145,7 @@ def _forward_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor |
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Saves the unit gradient, on the CPU for the rows with a target alone, with the numbers of those rows."""
+    """Saves the unit gradient; on the CPU, only for the rows with a target, together with the numbers of these rows."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
@@ -178,22 +176,22 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """logprobs[t] = log softmax(weight @ hidden[t])[targets[t]], float32. Differentiable in hidden; weight is frozen.
 
     hidden: [T, D]. weight: [V, D], of hidden's dtype; on the CPU it may be narrower (see linear.py).
-    targets: [T] int64; where negative the logprob and its gradient are 0. The CPU skips those rows; on CUDA they cost
-    what others do, as knowing their number would wait for the device: leave them out before. Raises ValueError on
-    other shapes and dtypes, and on the CPU on targets >= V. On CUDA such a row's logprob and gradient are NaN.
+    targets: [T] int64; where negative the logprob and its gradient are 0. The CPU skips these rows; on CUDA they cost
+    as much as others, since counting them would wait for the device: the caller should leave them out. Raises
+    ValueError on other shapes and dtypes, and on the CPU on targets >= V. On CUDA such a row's results are NaN.
     float64 hidden (CPU) is computed and returned in float64.
     """
     D, T, V = hidden.shape[-1], targets.numel(), weight.shape[0]
     if hidden.shape != (T, D) or weight.shape != (V, D) or targets.shape != (T,) or targets.dtype != torch.int64:
-        given = ", ".join(f"{x.dtype} {list(x.shape)}" for x in (hidden, weight, targets))
-        raise ValueError(f"cross_entropy: hidden [T, D], weight [V, D] and int64 targets [T], not {given}")
+        shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in (hidden, weight, targets))
+        raise ValueError(f"cross_entropy: hidden [T, D], weight [V, D] and int64 targets [T], not {shapes}")
     if use_triton(hidden, weight, targets):
         if weight.dtype != hidden.dtype or hidden.dtype == torch.float64:
             raise ValueError(f"cross_entropy: one dtype, 16 bits or float32, not {hidden.dtype} and {weight.dtype}")
     elif bool((targets >= V).any()):
         raise ValueError(f"cross_entropy: target {int(targets.max())} in a vocabulary of {V}")
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return run(TokenLogprobs, hidden, weight, targets, needs_grad)
+    return apply(TokenLogprobs, hidden, weight, targets, needs_grad)
 
 
 def cross_entropy(

@@ -1,4 +1,4 @@
-"""Which code runs: Triton on CUDA tensors (or on CPU tensors in Triton's interpreter), plain torch otherwise.
+"""The choice of a backend, Triton on CUDA tensors (or in Triton's interpreter) or torch, and what launchers share.
 
 Triton is imported only where it can be used: a CUDA device is present, ``TRITON_INTERPRET=1`` is set, or the
 program imported triton itself before (the compile gates do). Elsewhere the kernels stay plain Python functions
@@ -7,8 +7,9 @@ that nothing calls, so the CPU path needs no triton at all.
 
 import os
 import sys
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,23 @@ if INTERPRET or "triton" in sys.modules or torch.cuda.is_available():
     import triton
     import triton.language as tl
 
-__all__ = ["INTERPRET", "block_size", "cdiv", "run", "sm_count", "tl", "triton", "use_triton"]
+__all__ = ["INTERPRET", "LaunchConfig", "apply", "block_size", "ceil_div", "tl", "triton", "use_triton"]
+
+IntegerOrArray = TypeVar("IntegerOrArray", int, np.ndarray)
+
+
+class LaunchConfig(NamedTuple):
+    """Settings of a kernel's launch. Blocks decide the bits of a sum, so none follows from the size of a batch."""
+
+    blocks: dict[str, int]  # tile sizes: the kernel's constexprs of these names
+    num_warps: int
+    num_stages: int | None = None  # None: Triton's default
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """All settings as keyword arguments of the launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return self.blocks | {name: value for name, value in options.items() if value is not None}
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
@@ -49,21 +66,16 @@ class _Unrecorded:
         pass
 
 
-def run(function: Any, *args: Any) -> Any:
+def apply(function: Any, *args: Any) -> Any:
     """function.apply(*args) of a torch.autograd.Function; where gradients are off, without autograd's bookkeeping."""
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *args)
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up, for a >= 0, b > 0."""
+def ceil_div(a: IntegerOrArray, b: Any) -> IntegerOrArray:
+    """a / b rounded up, for a >= 0, b > 0: integers or arrays of integers."""
     return -(-a // b)
 
 
 def block_size(n: int) -> int:
     """The smallest power of two >= n: the width of a Triton block that covers n elements."""
     return 1 << (n - 1).bit_length()
-
-
-def sm_count(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; a small stand-in where there is none (the interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

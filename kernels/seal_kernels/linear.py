@@ -10,8 +10,8 @@ widened, a slice of rows at a time into a scratch that stays in the cache: its m
 (benchmarks/bench_linear.py).
 
 The vendor's product gives a row other bits when the number of rows changes (it may split the sum over I differently).
-With row_tile, x goes through in tiles of exactly that many rows, the last one padded with zeros: then a row's bits
-depend on nothing but the row (checked on a CPU for many sizes and places in the tile).
+A batch-invariant product takes x in tiles of exactly INVARIANT_ROWS rows, the last one padded with zeros: a row's bits
+then depend on that row alone (checked on a CPU for many sizes and places in the tile).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +20,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import run
+from seal_kernels.dispatch import apply
 
+INVARIANT_ROWS = 128  # rows of every batch-invariant product: large enough to be fast
 ROUNDED_ROWS = 512  # rows of x that are rounded to bfloat16 at a time
 FEW_ROWS = 64  # up to which W x^T is faster than x W^T: the library rearranges the right-hand operand in each call
 SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: small enough to stay in the last-level cache until it is used
@@ -35,8 +36,7 @@ def frozen_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 @lru_cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has matrix instructions for bfloat16."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch before 2.6 has no such names
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _native(x: Tensor, weight: Tensor) -> bool:
@@ -47,7 +47,7 @@ def _native(x: Tensor, weight: Tensor) -> bool:
 def widened_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, weight[rows] in dtype) for consecutive slices of rows that cover weight.
 
-    The tensor given out is only valid until the next one is asked for: all share one scratch.
+    Each tensor is valid until the next is asked for: all share one scratch.
     """
     rows = max(1, min(len(weight), SLICE_ELEMENTS // weight.shape[1]))
     scratch = torch.empty(rows, weight.shape[1], dtype=dtype, device=weight.device)
@@ -56,20 +56,19 @@ def widened_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
         yield slice(start, start + len(part)), scratch[: len(part)].copy_(part)
 
 
-def in_tiles(product: Callable[[Tensor], Tensor], x: Tensor, row_tile: int | None) -> Tensor:
-    """product(x), or product of tiles of row_tile rows of x."""
-    if row_tile is None:
+def in_tiles(product: Callable[[Tensor], Tensor], x: Tensor, tile_rows: int) -> Tensor:
+    """product(x) by products of exactly tile_rows rows, the last of them padded with zeros."""
+    if not len(x):
         return product(x)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % row_tile))
-    tiles = [product(tile.contiguous()) for tile in padded.split(row_tile)] if len(x) else [product(x)]
-    return torch.cat(tiles)[: len(x)]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % tile_rows))
+    return torch.cat([product(tile.contiguous()) for tile in padded.split(tile_rows)])[: len(x)]
 
 
 def _rounded_product(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """out = x times factor in factor's dtype, some rows at a time: what is converted stays in the cache."""
     if len(x) > ROUNDED_ROWS:
-        for rows, own in zip(out.split(ROUNDED_ROWS), x.split(ROUNDED_ROWS), strict=True):
-            _rounded_product(own, factor, rows)
+        for x_rows, out_rows in zip(x.split(ROUNDED_ROWS), out.split(ROUNDED_ROWS), strict=True):
+            _rounded_product(x_rows, factor, out_rows)
         return out
     x = x.to(factor.dtype)
     if len(x) <= FEW_ROWS and factor.T.is_contiguous():
@@ -90,7 +89,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def multiply_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out [T, I] = dy W, likewise."""
+    """out [T, I] = dy W; on the CPU dy, weight and out may be of three dtypes."""
     if dy.dtype == weight.dtype == out.dtype:
         return torch.mm(dy, weight, out=out)
     if _native(dy, weight):
@@ -103,7 +102,7 @@ def multiply_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def frozen_linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, dtype: torch.dtype
 ) -> Tensor:
     """x W^T + b in dtype, outside autograd."""
 
@@ -113,16 +112,16 @@ def frozen_linear_forward(
         y = multiply(x, weight, x.new_empty(len(x), len(weight), dtype=dtype))
         return y if bias is None else y.add_(bias)
 
-    return in_tiles(product, x, row_tile)
+    return in_tiles(product, x, INVARIANT_ROWS) if batch_invariant else product(x)
 
 
-def frozen_linear_backward(dy: Tensor, weight: Tensor, row_tile: int | None, dtype: torch.dtype) -> Tensor:
+def frozen_linear_backward(dy: Tensor, weight: Tensor, batch_invariant: bool, dtype: torch.dtype) -> Tensor:
     """dx = dy W in dtype, outside autograd."""
 
     def product(dy: Tensor) -> Tensor:
         return multiply_backward(dy, weight, dy.new_empty(len(dy), weight.shape[1], dtype=dtype))
 
-    return in_tiles(product, dy, row_tile)
+    return in_tiles(product, dy, INVARIANT_ROWS) if batch_invariant else product(dy)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -130,16 +129,16 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, row_tile: int | None, dtype: torch.dtype
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.row_tile, ctx.dtype = row_tile, x.dtype
-        return frozen_linear_forward(x, weight, bias, row_tile, dtype)
+        ctx.batch_invariant, ctx.dtype = batch_invariant, x.dtype
+        return frozen_linear_forward(x, weight, bias, batch_invariant, dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        return frozen_linear_backward(dy, weight, ctx.row_tile, ctx.dtype), None, None, None, None
+        return frozen_linear_backward(dy, weight, ctx.batch_invariant, ctx.dtype), None, None, None, None
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -154,14 +153,14 @@ def frozen_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    row_tile: int | None = None,
+    batch_invariant: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [T, I] times weight [O, I] transposed plus bias [O]: [T, O]. Differentiable in x only.
 
-    weight and bias may be in a narrower dtype than x. row_tile: a row's result does not depend on the other rows, bit
-    for bit. dtype: of the result, x's unless given; another one is for the CPU. Raises ValueError on shapes that do
-    not match.
+    weight and bias may be in a narrower dtype than x. batch_invariant: a row's result does not depend on the other
+    rows, bit for bit. dtype: of the result, by default x's; another dtype is for the CPU. Raises ValueError on shapes
+    that do not match.
     """
     check_linear(x, weight, bias)
-    return run(FrozenLinear, x, weight, bias, row_tile, x.dtype if dtype is None else dtype)
+    return apply(FrozenLinear, x, weight, bias, batch_invariant, x.dtype if dtype is None else dtype)

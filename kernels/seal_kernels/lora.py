@@ -1,8 +1,8 @@
 """Many low-rank adapters on one frozen projection (LoRA, arXiv 2106.09685): each token meets its own adapter only.
 
-Tokens lie in segments, one adapter a segment. M projections share the input x (q/k/v; gate and up; or one alone) and
-are one frozen matrix W whose outputs are M ranges of columns. For projection m of the segment's adapter, with dropout
-mask d_m (ones without dropout):
+Tokens lie in segments, one adapter per segment. M projections share the input x (q/k/v; gate and up; or a single one)
+and are one frozen matrix W whose outputs are M ranges of columns. For projection m of the segment's adapter, with
+dropout mask d_m (ones without dropout):
 
     y[:, columns_m] = x W_m^T + b_m + scale_m (d_m x) A_m^T B_m
 
@@ -16,26 +16,26 @@ Gradients of A and B are added into the adapters' own gradient tensors, not retu
 Shapes: x [T, I], W [O, I], y [T, O]; A_m [r, I]; B_m [r, width of columns_m]: the transpose of PEFT's lora_B, so that
 both are read along rows. An adapter is one flat float32 tensor; A of all its projections that share x are consecutive
 rows, so that one pass over x makes every h. Ranks are true ranks, from 1; 0 where an adapter leaves a projection alone.
-FLOPs over 2 T I O each way for W: 2 T r (I + width) forward and 4 T r (I + width) backward a projection. Bytes, b an
-element: x and h once to shrink, h and y (read and written) to expand, and 4 r (I + width) a segment for A and B.
+FLOPs over 2 T I O each way for W, per projection: 2 T r (I + width) forward, 4 T r (I + width) backward. Bytes, b per
+element: x and h once to shrink, h and y (read and written) to expand, and 4 r (I + width) per segment for A and B.
 
 On a GPU three kernels make all of it. A and B are both a factor P [r, w] between h and a range of w columns:
 
     shrink: h = scale x P^T (h of A, dh of B)    expand: y += scale h P (y of B, dx of A)    outer: dP += scale h^T x
 
-Every adapter being a tensor of its own, kernels find factors by address, in a table with a record a factor. Sums are
+Every adapter is a separate tensor, so kernels find factors by address, in a table with one record per factor. Sums are
 float32. h and dh are stored in x's dtype, as operands of a matrix instruction are: rounding them adds an error like
-that of rounding x, once. No program meets two segments, none adds to what another one writes, and the blocks of a sum
-do not depend on the company: a segment's bits are the same alone and among others, and in every run.
+that of rounding x, once. No program meets two segments, none adds to what another program writes, and the blocks of a
+sum do not depend on the batch: a segment's bits are the same in every batch and in every run.
 """
 
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import cdiv, run, tl, triton, use_triton
+from seal_kernels.dispatch import LaunchConfig, apply, ceil_div, tl, triton, use_triton
 from seal_kernels.linear import check_linear, frozen_linear_backward, frozen_linear_forward
-from seal_kernels.lora_cpu import lora_backward_cpu, lora_forward_cpu
-from seal_kernels.lora_tables import BLOCK_T, Factors, LoraGroup, LoraTables, device_tables, keep_mask
+from seal_kernels.lora_cpu import keep_mask, lora_backward_cpu, lora_forward_cpu
+from seal_kernels.lora_tables import BLOCK_T, LaunchRange, LoraGroup, LoraTables, device_tables, load_block, load_factor
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup) -> Tensor:
@@ -51,43 +51,19 @@ def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, group: LoraG
             row += rank * I
             b_start = int(group.offsets[s, 1 + m])
             b = group.params[s][b_start : b_start + rank * (last - first)].view(rank, last - first).to(x.dtype)
-            given = x[start:end]
+            x_s = x[start:end]
             if group.dropout is not None and group.seeds is not None and group.dropout[s] > 0:
                 mask = keep_mask(group.seeds[s, m], group.dropout[s], end - start, I)
-                given = given * mask.to(x)
-            update = float(group.scales[s, m]) * (given @ a.T) @ b
+                x_s = x_s * mask.to(x)
+            update = float(group.scales[s, m]) * (x_s @ a.T) @ b
             out = out + torch.nn.functional.pad(update, (first, y.shape[1] - last))
         pieces.append(out)
     return torch.cat(pieces)
 
 
 @triton.jit
-def _factor(records_ptr, segment, unit, stride, ALIGNED: tl.constexpr, ALIGNED_H: tl.constexpr):
-    """(P, dP, rank, first column in h, first column of the range, columns, scale, dropout's seed and limit)."""
-    at = records_ptr + segment * stride + unit * 9
-    p = tl.load(at).to(tl.pointer_type(tl.float32))
-    dp = tl.load(at + 1).to(tl.pointer_type(tl.float32))
-    column, width = tl.load(at + 4).to(tl.int32), tl.load(at + 5).to(tl.int32)
-    if ALIGNED:
-        p, dp = tl.multiple_of(p, 16), tl.multiple_of(dp, 16)
-        column, width = tl.multiple_of(column, 16), tl.multiple_of(width, 16)
-    scale = tl.load(at + 6).to(tl.int32).to(tl.float32, bitcast=True)
-    rank, row = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
-    if ALIGNED_H:
-        rank, row = tl.multiple_of(rank, 8), tl.multiple_of(row, 8)
-    return p, dp, rank, row, column, width, scale, tl.load(at + 7).to(tl.uint32), tl.load(at + 8).to(tl.uint32)
-
-
-@triton.jit
-def _block(blocks_ptr, index):
-    """(segment, its first token, first token of the block, the segment's end)"""
-    at = blocks_ptr + index.to(tl.int64) * 4
-    return tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-
-
-@triton.jit
 def _tile(ptr, row, column, rows, columns, stride, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(addresses, mask) of a tile of the matrix [rows, columns] at ptr, from (row, column) on."""
+    """(addresses, mask), both [BLOCK, BC], of a tile of the matrix [rows, columns] at ptr, from (row, column) on."""
     i, j = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
     mask = (row + i < rows)[:, None] & (column + j < columns)[None, :]
     return ptr + (tl.cast(row, tl.int64) * stride + column) + i[:, None] * stride + j[None, :], mask
@@ -95,7 +71,7 @@ def _tile(ptr, row, column, rows, columns, stride, BLOCK: tl.constexpr, BLOCK_C:
 
 @triton.jit
 def _kept(token, column, width, seed, limit, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """keep_mask as booleans, from (token of the segment, column) on."""
+    """keep_mask as booleans [BT, BC], from (token of the segment, column) on."""
     tokens, columns = token + tl.arange(0, BLOCK_T), column + tl.arange(0, BLOCK_C)
     x = tokens.to(tl.uint32)[:, None] * width.to(tl.uint32) + columns.to(tl.uint32)[None, :]
     x = x * 0x9E3779B9 + seed
@@ -106,15 +82,16 @@ def _kept(token, column, width, seed, limit, BLOCK_T: tl.constexpr, BLOCK_C: tl.
 
 @triton.jit
 def lora_shrink_kernel(
-    x_ptr, h_ptr, records_ptr, blocks_ptr,
-    first_unit,
-    stride_x, stride_h, stride_records,
+    x_ptr, h_ptr, factors_ptr, blocks_ptr,
+    first_factor,
+    stride_x, stride_h, stride_factors,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    segment, start, first, end = _block(blocks_ptr, tl.program_id(2))
-    p_ptr, _, rank, row, column, width, scale, seed, limit = _factor(
-        records_ptr, segment, first_unit + tl.program_id(1), stride_records, ALIGNED, ALIGNED_H
+    """h = scale x P^T. A program makes one tile of h: a block of tokens, a block of ranks."""
+    segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
+    p_ptr, _, rank, h_column, column, width, scale, seed, limit = load_factor(
+        factors_ptr, segment, first_factor + tl.program_id(1), stride_factors, ALIGNED, ALIGNED_H
     )
     r0 = tl.program_id(0) * BLOCK_R
     if r0 >= rank:
@@ -122,105 +99,115 @@ def lora_shrink_kernel(
     acc = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for c0 in range(0, width, BLOCK_C):
         x_at, mask = _tile(x_ptr + column, first, c0, end, width, stride_x, BLOCK_T, BLOCK_C)
-        x = tl.load(x_at, mask=mask, other=0.0)
+        x = tl.load(x_at, mask=mask, other=0.0)  # [BT, BC]
         if DROPOUT:
             x = tl.where(_kept(first - start, c0, width, seed, limit, BLOCK_T, BLOCK_C), x, 0.0).to(x.dtype)
         p_at, mask = _tile(p_ptr, r0, c0, rank, width, width, BLOCK_R, BLOCK_C)
-        p = tl.load(p_at, mask=mask, other=0.0).to(x.dtype)
-        acc = tl.dot(x, tl.trans(p), acc, input_precision="ieee")
-    h_at, mask = _tile(h_ptr + row, first, r0, end, rank, stride_h, BLOCK_T, BLOCK_R)
+        p = tl.load(p_at, mask=mask, other=0.0).to(x.dtype)  # [BR, BC]
+        # add x p^T over this block of columns
+        acc = tl.dot(x, tl.trans(p), acc, input_precision="ieee")  # [BT, BR]
+    h_at, mask = _tile(h_ptr + h_column, first, r0, end, rank, stride_h, BLOCK_T, BLOCK_R)
     tl.store(h_at, (acc * scale).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def lora_expand_kernel(
-    y_ptr, h_ptr, records_ptr, blocks_ptr,
-    first_unit,
-    stride_y, stride_h, stride_records,
+    y_ptr, h_ptr, factors_ptr, blocks_ptr,
+    first_factor,
+    stride_y, stride_h, stride_factors,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    segment, start, first, end = _block(blocks_ptr, tl.program_id(2))
-    p_ptr, _, rank, row, column, width, scale, seed, limit = _factor(
-        records_ptr, segment, first_unit + tl.program_id(1), stride_records, ALIGNED, ALIGNED_H
+    """y += scale h P. A program updates one tile of y: a block of tokens, a block of columns."""
+    segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
+    p_ptr, _, rank, h_column, column, width, scale, seed, limit = load_factor(
+        factors_ptr, segment, first_factor + tl.program_id(1), stride_factors, ALIGNED, ALIGNED_H
     )
     c0 = tl.program_id(0) * BLOCK_C
     if (rank == 0) | (c0 >= width):
         return
     acc = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     for r0 in range(0, rank, BLOCK_R):
-        h_at, mask = _tile(h_ptr + row, first, r0, end, rank, stride_h, BLOCK_T, BLOCK_R)
-        h = tl.load(h_at, mask=mask, other=0.0)
+        h_at, mask = _tile(h_ptr + h_column, first, r0, end, rank, stride_h, BLOCK_T, BLOCK_R)
+        h = tl.load(h_at, mask=mask, other=0.0)  # [BT, BR]
         p_at, mask = _tile(p_ptr, r0, c0, rank, width, width, BLOCK_R, BLOCK_C)
-        p = tl.load(p_at, mask=mask, other=0.0).to(h.dtype)
-        acc = tl.dot(h, p, acc, input_precision="ieee")
+        p = tl.load(p_at, mask=mask, other=0.0).to(h.dtype)  # [BR, BC]
+        # add h p over this block of ranks
+        acc = tl.dot(h, p, acc, input_precision="ieee")  # [BT, BC]
     acc *= scale
     if DROPOUT:
         acc = tl.where(_kept(first - start, c0, width, seed, limit, BLOCK_T, BLOCK_C), acc, 0.0)
     y_at, mask = _tile(y_ptr + column, first, c0, end, width, stride_y, BLOCK_T, BLOCK_C)
-    y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32) + acc
+    y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32) + acc  # [BT, BC]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def lora_outer_kernel(
-    x_ptr, h_ptr, records_ptr, spans_ptr,
-    first_unit, row_blocks,
-    stride_x, stride_h, stride_records,
+    x_ptr, h_ptr, factors_ptr, blocks_ptr,
+    first_factor, rank_blocks,
+    stride_x, stride_h, stride_factors,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    segment, start, first, end = _block(spans_ptr, tl.program_id(2))
-    _, dp_ptr, rank, row, column, width, scale, seed, limit = _factor(
-        records_ptr, segment, first_unit + tl.program_id(1), stride_records, ALIGNED, ALIGNED_H
+    """dP += scale h^T x. A program updates one tile of dP from all tokens of the segment, in order."""
+    segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
+    _, dp_ptr, rank, h_column, column, width, scale, seed, limit = load_factor(
+        factors_ptr, segment, first_factor + tl.program_id(1), stride_factors, ALIGNED, ALIGNED_H
     )
-    r0, c0 = tl.program_id(0) % row_blocks * BLOCK_R, tl.program_id(0) // row_blocks * BLOCK_C
+    r0, c0 = tl.program_id(0) % rank_blocks * BLOCK_R, tl.program_id(0) // rank_blocks * BLOCK_C
     if (r0 >= rank) | (c0 >= width) | (dp_ptr.to(tl.int64) == 0):  # 0: not trained
         return
     acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     for t0 in range(first, end, BLOCK_T):
-        h_at, mask = _tile(h_ptr + row, t0, r0, end, rank, stride_h, BLOCK_T, BLOCK_R)
-        h = tl.load(h_at, mask=mask, other=0.0)
+        h_at, mask = _tile(h_ptr + h_column, t0, r0, end, rank, stride_h, BLOCK_T, BLOCK_R)
+        h = tl.load(h_at, mask=mask, other=0.0)  # [BT, BR]
         x_at, mask = _tile(x_ptr + column, t0, c0, end, width, stride_x, BLOCK_T, BLOCK_C)
-        x = tl.load(x_at, mask=mask, other=0.0)
+        x = tl.load(x_at, mask=mask, other=0.0)  # [BT, BC]
         if DROPOUT:
             x = tl.where(_kept(t0 - start, c0, width, seed, limit, BLOCK_T, BLOCK_C), x, 0.0).to(x.dtype)
-        acc = tl.dot(tl.trans(h), x, acc, input_precision="ieee")
+        # add h^T x over this block of tokens
+        acc = tl.dot(tl.trans(h), x, acc, input_precision="ieee")  # [BR, BC]
     dp_at, mask = _tile(dp_ptr, r0, c0, rank, width, width, BLOCK_R, BLOCK_C)
     tl.store(dp_at, tl.load(dp_at, mask=mask, other=0.0) + acc * scale, mask=mask)
 
 
-# (BLOCK_R, BLOCK_C, num_warps, num_stages). Never by the ranks of a launch: blocks decide the bits of a sum.
-_FLOAT32 = {"shrink": (32, 32, 8, 2), "expand": (32, 32, 4, 2), "outer": (32, 32, 4, 1)}
-_HALF = {"shrink": (64, 64, 8, 3), "expand": (32, 128, 8, 2), "outer": (64, 128, 8, 2)}
+def _config(R: int, C: int, num_warps: int, num_stages: int) -> LaunchConfig:
+    return LaunchConfig({"BLOCK_T": BLOCK_T, "BLOCK_R": R, "BLOCK_C": C}, num_warps, num_stages)
 
 
-def launch_config(which: str, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks, warps and stages of kernel `which` ("shrink", "expand", "outer") for x of dtype."""
-    R, C, warps, stages = (_FLOAT32 if dtype == torch.float32 else _HALF)[which]
-    return {"BLOCK_T": BLOCK_T, "BLOCK_R": R, "BLOCK_C": C, "num_warps": warps, "num_stages": stages}
+# The ranks of a launch have no say: blocks decide the bits of a sum.
+_FLOAT32 = {"shrink": _config(32, 32, 8, 2), "expand": _config(32, 32, 4, 2), "outer": _config(32, 32, 4, 1)}
+_HALF = {"shrink": _config(64, 64, 8, 3), "expand": _config(32, 128, 8, 2), "outer": _config(64, 128, 8, 2)}
 
 
-def _launch(which: str, x: Tensor, h: Tensor, tables: LoraTables, factors: Factors) -> None:
-    """Kernel `which` over a group's factors, x being the tensor on their wide side."""
-    config = launch_config(which, x.dtype)
-    rows, columns = cdiv(factors.rows, config["BLOCK_R"]), cdiv(factors.columns, config["BLOCK_C"])
-    kernel, inner, blocks = {
-        "shrink": (lora_shrink_kernel, rows, tables.blocks),
-        "expand": (lora_expand_kernel, columns, tables.blocks),
-        "outer": (lora_outer_kernel, rows * columns, tables.spans),
-    }[which]
-    if inner and len(blocks):
-        kernel[(inner, factors.count, len(blocks))](
-            x, h, tables.records, blocks, factors.first, *([rows] if which == "outer" else []),
-            x.stride(0), h.stride(0), tables.records.stride(0),
-            DROPOUT=factors.dropout, ALIGNED=tables.aligned, ALIGNED_H=tables.aligned_h, **config,
+def launch_config(kernel_name: str, dtype: torch.dtype) -> LaunchConfig:
+    """Settings of kernel "shrink", "expand" or "outer" for x of dtype."""
+    return (_FLOAT32 if dtype == torch.float32 else _HALF)[kernel_name]
+
+
+def _launch(kernel_name: str, wide: Tensor, h: Tensor, tables: LoraTables, factors: LaunchRange) -> None:
+    """Run a kernel over a group's factors; wide is the tensor x or y on their wide side."""
+    config, sizes = launch_config(kernel_name, wide.dtype), [factors.first]
+    rank_blocks = ceil_div(factors.max_rank, config.blocks["BLOCK_R"])
+    column_blocks = ceil_div(factors.max_width, config.blocks["BLOCK_C"])
+    if kernel_name == "shrink":
+        kernel, programs, blocks = lora_shrink_kernel, rank_blocks, tables.token_blocks
+    elif kernel_name == "expand":
+        kernel, programs, blocks = lora_expand_kernel, column_blocks, tables.token_blocks
+    else:
+        kernel, programs, blocks = lora_outer_kernel, rank_blocks * column_blocks, tables.segment_blocks
+        sizes.append(rank_blocks)
+    if programs and len(blocks):
+        kernel[(programs, factors.count, len(blocks))](
+            wide, h, tables.factor_table, blocks, *sizes, wide.stride(0), h.stride(0), tables.factor_table.stride(0),
+            DROPOUT=factors.dropout, ALIGNED=tables.aligned, ALIGNED_H=tables.aligned_h, **config.options(),
         )  # fmt: skip
 
 
 def _forward_triton(x: Tensor, y: Tensor, tables: LoraTables) -> Tensor:
-    """Adds every segment's update to y; returns h [T, rows]."""
-    h = torch.empty(len(x), cdiv(tables.rows, 16) * 16, dtype=x.dtype, device=x.device)
+    """Adds every segment's update to y; returns h [T, h_width, rounded up]."""
+    h = torch.empty(len(x), ceil_div(tables.h_width, 16) * 16, dtype=x.dtype, device=x.device)
     for factors in tables.a:
         _launch("shrink", x, h, tables, factors)
     _launch("expand", y, h, tables, tables.b)
@@ -244,24 +231,24 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup, row_tile: int | None,
-        dtype: torch.dtype,
+        ctx, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup,
+        batch_invariant: bool, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        y = frozen_linear_forward(x, weight, bias, row_tile, dtype)
+        y = frozen_linear_forward(x, weight, bias, batch_invariant, dtype)
         if use_triton(x, weight, bias):
             x = x if x.stride(1) == 1 else x.contiguous()
             ctx.tables = group.tables or device_tables([group], [x.shape[1]], x.device).groups[0]
             ctx.hidden = _forward_triton(x, y, ctx.tables)
         else:
-            ctx.hidden = lora_forward_cpu(x, y, group, row_tile)
-        ctx.group, ctx.row_tile = group, row_tile
+            ctx.hidden = lora_forward_cpu(x, y, group, batch_invariant)
+        ctx.group, ctx.batch_invariant = group, batch_invariant
         ctx.save_for_backward(x, weight)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        dx = frozen_linear_backward(dy, weight, ctx.row_tile, x.dtype) if ctx.needs_input_grad[0] else None
+        dx = frozen_linear_backward(dy, weight, ctx.batch_invariant, x.dtype) if ctx.needs_input_grad[0] else None
         if use_triton(x, weight, dy):
             _backward_triton(x, dy if dy.stride(1) == 1 else dy.contiguous(), dx, ctx.hidden, ctx.tables)
         else:
@@ -275,10 +262,10 @@ def lora_linear(
     bias: Tensor | None,
     group: LoraGroup,
     anchor: Tensor,
-    row_tile: int | None = None,
+    batch_invariant: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y [T, O] = frozen_linear(x, weight, bias, row_tile, dtype) plus each segment's low-rank update.
+    """y [T, O] = frozen_linear(x, weight, bias, batch_invariant, dtype) plus each segment's low-rank update.
 
     Differentiable in x; the adapters' gradients are added to group.grads during backward. anchor: any tensor that
     requires a gradient (its own stays None). Raises ValueError on shapes that do not match.
@@ -286,4 +273,4 @@ def lora_linear(
     check_linear(x, weight, bias)
     if group.bounds[0] != 0 or group.bounds[-1] != len(x):
         raise ValueError(f"lora_linear: segments cover tokens {group.bounds[0]} to {group.bounds[-1]} of {len(x)}")
-    return run(LoraLinear, x, anchor, weight, bias, group, row_tile, x.dtype if dtype is None else dtype)
+    return apply(LoraLinear, x, anchor, weight, bias, group, batch_invariant, x.dtype if dtype is None else dtype)

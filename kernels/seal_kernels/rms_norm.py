@@ -8,17 +8,15 @@ Backward, w frozen, with dy and dh the gradients that reach y and h, r = 1 / sqr
     d = dh + r * g - h * r^3 * mean(g * h)          dx = dresidual = d
 
 Shapes: x, residual [..., D] with the last dimension contiguous; w [D]. Two leading dimensions at most, with any
-strides, so that the heads of a packed q/k/v projection are normed in place of a copy.
-Bytes, b per element: forward 4 b D a row with residual (two reads, two writes), 2 b D without. Backward 4 b D with,
-3 b D without. About 4 D FLOPs a row: memory bound.
+strides, so that the heads of a packed q/k/v projection are normed without a copy.
+Bytes per row, b per element: forward 4 b D with residual (two reads, two writes), 2 b D without. Backward 4 b D with,
+3 b D without. About 4 D FLOPs: memory bound.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
+from seal_kernels.dispatch import LaunchConfig, apply, block_size, ceil_div, tl, triton, use_triton
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,14 +43,14 @@ def rms_norm_forward_kernel(
     mask = (rows < N)[:, None] & (cols < D)[None, :]
     x_rows = (rows // inner) * stride_outer + (rows % inner) * stride_inner
     out = rows[:, None] * D + cols[None, :]
-    h = tl.load(x_ptr + x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(x_ptr + x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [BN, BD]
     if HAS_RESIDUAL:
         h += tl.load(residual_ptr + out, mask=mask, other=0.0).to(tl.float32)
         stored = h.to(h_ptr.dtype.element_ty)  # the sum that is stored is the sum that is normed
         tl.store(h_ptr + out, stored, mask=mask)
         h = stored.to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1) / D + eps)
-    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1) / D + eps)  # [BN]
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)  # [BD]
     tl.store(y_ptr + out, (h * rstd[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
 
@@ -69,21 +67,22 @@ def rms_norm_backward_kernel(
     mask = (rows < N)[:, None] & (cols < D)[None, :]
     h_rows = (rows // inner) * stride_outer + (rows % inner) * stride_inner
     out = rows[:, None] * D + cols[None, :]
-    h = tl.load(h_ptr + h_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(dy_ptr + out, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + h_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [BN, BD]
+    g = tl.load(dy_ptr + out, mask=mask, other=0.0).to(tl.float32)  # [BN, BD]
     g *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)  # [BN]
+    # d = r g - h r^3 mean(g h), to which the gradient that reaches h is added
     dx = rstd[:, None] * g - h * (rstd * rstd * rstd * tl.sum(g * h, axis=1) / D)[:, None]
     if HAS_DH:
         dx += tl.load(dh_ptr + out, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_config(D: int) -> dict[str, Any]:
-    """Rows a program, block and warps for rows of D: a program holds its rows in registers, 16 elements a thread."""
+def launch_config(D: int) -> LaunchConfig:
+    """Settings for rows of D: a program holds whole rows in registers, 16 elements per thread."""
     block = block_size(D)
     rows = max(1, 2048 // block)
-    return {"BLOCK_N": rows, "BLOCK_D": block, "num_warps": min(16, max(1, rows * block // 512))}
+    return LaunchConfig({"BLOCK_N": rows, "BLOCK_D": block}, num_warps=min(16, max(1, rows * block // 512)))
 
 
 def _row_strides(x: Tensor) -> tuple[int, int, int]:
@@ -94,7 +93,7 @@ def _row_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 class RMSNorm(torch.autograd.Function):
-    """Saves h and one float32 a row; returns (y, h). Without a residual h is x itself, returned untouched."""
+    """Saves h and one float32 per row; returns (y, h). Without a residual h is x itself, returned untouched."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -106,9 +105,9 @@ class RMSNorm(torch.autograd.Function):
             rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
             if rows:
                 inner, stride_outer, stride_inner = _row_strides(x)
-                rms_norm_forward_kernel[(cdiv(rows, config["BLOCK_N"]),)](
+                rms_norm_forward_kernel[(ceil_div(rows, config.blocks["BLOCK_N"]),)](
                     x, residual, weight, y, h, rstd, rows, D, inner, eps, stride_outer, stride_inner,
-                    HAS_RESIDUAL=residual is not None, **config,
+                    HAS_RESIDUAL=residual is not None, **config.options(),
                 )  # fmt: skip
         else:
             if residual is not None:
@@ -130,9 +129,9 @@ class RMSNorm(torch.autograd.Function):
             dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
             if rows:
                 inner, stride_outer, stride_inner = _row_strides(h)
-                rms_norm_backward_kernel[(cdiv(rows, config["BLOCK_N"]),)](
+                rms_norm_backward_kernel[(ceil_div(rows, config.blocks["BLOCK_N"]),)](
                     dy, dh, h, weight, rstd, dx, rows, D, inner, stride_outer, stride_inner,
-                    HAS_DH=dh is not None, **config,
+                    HAS_DH=dh is not None, **config.options(),
                 )  # fmt: skip
         else:
             wide = torch.promote_types(h.dtype, torch.float32)
@@ -156,7 +155,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [N, D] or [N, M, D], last dimension contiguous. weight: [D]. Raises ValueError on other shapes.
     """
     _check(x, weight)
-    return run(RMSNorm, x, weight, eps, None)[0]
+    return apply(RMSNorm, x, weight, eps, None)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -168,4 +167,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if residual.shape != x.shape or not residual.is_contiguous():
         raise ValueError(f"rms_norm: residual must be contiguous and {tuple(x.shape)}, not {tuple(residual.shape)}")
-    return run(RMSNorm, x, weight, eps, residual)
+    return apply(RMSNorm, x, weight, eps, residual)

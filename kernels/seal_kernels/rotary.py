@@ -8,16 +8,14 @@ Backward is the rotation by the negative angle, so only cos and sin are saved.
 
 Shapes: q [T, H, E] and k [T, K, E], E even, the last dimension contiguous and the others at any stride (views into a
 packed projection, for instance); cos and sin [T, E/2], which say each token's position. q and k share one launch.
-Bytes, b per element: 2 b (H + K) E a token (one read, one write), and 4 E of float32 cos and sin, which all heads of
-a token share. 3 FLOPs an element: memory bound.
+Bytes per token, b per element: 2 b (H + K) E (one read, one write), and 4 E of float32 cos and sin, which all heads of
+a token share. 3 FLOPs per element: memory bound.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
+from seal_kernels.dispatch import LaunchConfig, apply, block_size, ceil_div, tl, triton, use_triton
 
 
 def rotary_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,10 +41,10 @@ def _rotate_rows(
     tokens = rows // heads
     x_at = x_ptr + (tokens * stride_token + (rows - tokens * heads) * stride_head)[:, None] + cols[None, :]
     angle_at = (tokens * half)[:, None] + cols[None, :]
-    x1 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_at + half, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)  # [BN, BE]
+    x2 = tl.load(x_at + half, mask=mask, other=0.0).to(tl.float32)  # [BN, BE]
+    cos = tl.load(cos_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)  # [BN, BE]
+    sin = tl.load(sin_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)  # [BN, BE]
     if INVERSE:
         sin = -sin
     out_at = out_ptr + (rows * (2 * half))[:, None] + cols[None, :]
@@ -61,6 +59,7 @@ def rotary_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh,
     INVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """The first q_programs programs rotate rows of q, the others rows of k."""
     program = tl.program_id(0).to(tl.int64)
     if program < q_programs:
         _rotate_rows(
@@ -74,10 +73,10 @@ def rotary_kernel(
         )  # fmt: skip
 
 
-def launch_config(E: int) -> dict[str, Any]:
-    """Heads a program, block and warps for heads of E: 1024 pairs a program, 8 a thread."""
+def launch_config(E: int) -> LaunchConfig:
+    """Settings for heads of E: a program has 1024 pairs of elements, 8 per thread."""
     block = block_size(E // 2)
-    return {"BLOCK_N": max(1, 1024 // block), "BLOCK_E": block, "num_warps": 4}
+    return LaunchConfig({"BLOCK_N": max(1, 1024 // block), "BLOCK_E": block}, num_warps=4)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -100,11 +99,12 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) 
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     config = launch_config(E)
-    q_programs, k_programs = cdiv(T * H, config["BLOCK_N"]), cdiv(T * K, config["BLOCK_N"])
+    q_programs = ceil_div(T * H, config.blocks["BLOCK_N"])
+    k_programs = ceil_div(T * K, config.blocks["BLOCK_N"])
     if T:
         rotary_kernel[(q_programs + k_programs,)](
             q, k, cos, sin, q_out, k_out, T * H, T * K, H, K, E // 2, q_programs,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), INVERSE=inverse, **config,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), INVERSE=inverse, **config.options(),
         )  # fmt: skip
     return q_out, k_out
 
@@ -135,4 +135,4 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     for name, angle in (("cos", cos), ("sin", sin)):
         if angle.shape != (T, E // 2) or not angle.is_contiguous():
             raise ValueError(f"rotary: {name} must be contiguous and {(T, E // 2)}, not {tuple(angle.shape)}")
-    return run(Rotary, q, k, cos, sin)
+    return apply(Rotary, q, k, cos, sin)

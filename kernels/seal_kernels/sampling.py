@@ -1,21 +1,21 @@
-"""Drawing the next token of each row of logits: temperature, top-k, top-p, and a random stream a row.
+"""Drawing the next token of each row of logits: temperature, top-k, top-p, and one random stream per row.
 
     w_v = floor(2^40 exp((x_v - max x) / temperature))      token = the first v with sum_{i <= v, i kept} w_i > r
     logprob = x_token - log sum_v exp(x_v)                  r = floor(u sum_{i kept} w_i),   0 <= u < 1
 
-Kept are, in this order, the top_k largest logits, then of those the smallest set of the most probable ones whose
-weights sum to at least top_p of theirs (Holtzman et al., arXiv 1904.09751). Logits equal to the last one that is kept
-are kept too: both filters are one exact threshold on the logit. Temperature 0 takes the largest logit, the first of
-equals. The log-probability is that of the raw logits: temperature 1, no filter.
+Filters keep, in this order, the top_k largest logits, then of these the smallest set of the most probable ones whose
+weights sum to at least top_p of the total (Holtzman et al., arXiv 1904.09751). Logits equal to the last one that is
+kept are kept too: both filters are one exact threshold on the logit. Temperature 0 takes the largest logit, the first
+of equals. The log-probability is under the raw logits: temperature 1, no filter.
 
 Weights are integers: their sums do not depend on the order, so that a row's token does not depend on other rows or on
 how a backend cuts the vocabulary, and no rounding can draw a token that has no weight. A token 2^40 times less probable
 than the likeliest has none. u is 53 bits of a hash of the row's seed and counter (Steele et al., OOPSLA 2014).
 
 Shapes: logits [N, V]; temperature, top_p float32, top_k int32, seeds and counters int64 [N]; tokens int64, logprobs
-float32 [N]. On a GPU a row is one program: two passes over it, half a one more to draw, one more for a temperature that
-is not 1. A filter bisects the bits of its threshold, a pass a bit, until no more than one token lies between what is
-enough and what is not: at most 32, about 20 on ordinary logits. Bytes: b V a row, b an element, from memory for the
+float32 [N]. On a GPU a row is one program: two passes over it, half a pass more to draw, one more for a temperature
+that is not 1. A filter bisects the bits of its threshold, one pass per bit, until at most one token lies between enough
+and too few: at most 32 passes, about 20 on ordinary logits. Bytes per row, b per element: b V, from memory for the
 first pass, from the cache for the others.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, tl, triton, use_triton
+from seal_kernels.dispatch import LaunchConfig, block_size, tl, triton, use_triton
 
 SCALE = float(1 << 40)  # the weight of a row's largest logit
 MAX_VOCABULARY = 1 << 22  # sums of weights stay below 2^63
@@ -42,13 +42,13 @@ def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         return z ^ (z >> np.uint64(31))
 
-    seed, counter = (x.numpy().view(np.uint64) for x in (seeds, counters))
+    seed, counter = seeds.numpy().view(np.uint64), counters.numpy().view(np.uint64)
     z = mixed(mixed(seed + golden) + (counter + np.uint64(1)) * golden)
     return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def _weights(probabilities: Tensor) -> Tensor:
-    """int64, of probabilities relative to the largest."""
+    """int64 weights of probabilities relative to the largest."""
     return (probabilities * SCALE).long()
 
 
@@ -59,7 +59,7 @@ def _inverse(temperature: Tensor) -> Tensor:
 def sample_tokens_ref(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A row at a time, in Python's integers."""
+    """The equations in Python's integers, one row after the other."""
     tokens, logprobs = [], []
     u = uniform(seeds.cpu(), counters.cpu()).tolist()
     for n, row in enumerate(logits.float().cpu()):
@@ -101,7 +101,7 @@ def _mixed(z):
 
 @triton.jit
 def _uniform(seed, counter):
-    """As `uniform`."""
+    """The kernel's `uniform`."""
     z = _mixed(seed.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15)
     z = _mixed(z + (counter.to(tl.uint64, bitcast=True) + 1) * 0x9E3779B97F4A7C15)
     return (z >> 11).to(tl.int64).to(tl.float64) * (1.0 / (1 << 53))
@@ -129,7 +129,7 @@ def _at_least(
     count = tl.zeros([BLOCK_V], dtype=tl.int32)
     mass = tl.zeros([BLOCK_V], dtype=tl.int64)
     for start in range(0, V, BLOCK_V):
-        x = _load(logits_ptr, start, V, BLOCK_V)
+        x = _load(logits_ptr, start, V, BLOCK_V)  # [BV]
         count += (x >= bound).to(tl.int32)
         if WEIGHTS:
             mass += tl.where(x >= bound, (tl.exp((x - peak) * inverse) * SCALE).to(tl.int64), 0)
@@ -141,7 +141,7 @@ def _threshold(
     logits_ptr, low, inside, total, need, peak, inverse, V,
     WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """(low, inside, total) for the highest low at which `need` logits (or such of that weight) are at least as high.
+    """(low, inside, total) for the highest low at which `need` logits (or logits of that weight) are at least as high.
 
     Bisection from a low at which there are enough. It ends when at most one logit lies between enough and too few.
     """
@@ -167,24 +167,26 @@ def sample_kernel(
     stride_n,
     SCALE: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A row a program. Bounds of logits are held as ordered integers, in 64 bits, where they can be bisected."""
+    """A program has one row. Bounds of logits are ordered integers in 64 bits, which can be bisected."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
-    top = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)
+    # the largest logit and the first place where it stands
+    largest = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)
     index = tl.zeros([BLOCK_V], dtype=tl.int32)
     wrong = tl.zeros([BLOCK_V], dtype=tl.int32)
     for start in range(0, V, BLOCK_V):
-        x = _load(logits_ptr, start, V, BLOCK_V)
-        index = tl.where(x > top, start + tl.arange(0, BLOCK_V), index)
-        top = tl.where(x > top, x, top)
+        x = _load(logits_ptr, start, V, BLOCK_V)  # [BV]
+        index = tl.where(x > largest, start + tl.arange(0, BLOCK_V), index)
+        largest = tl.where(x > largest, x, largest)
         wrong |= ((x != x) | (x == float("inf"))).to(tl.int32)
-    peak = tl.max(top, axis=0)
-    token = tl.min(tl.where(top == peak, index, V), axis=0)
+    peak = tl.max(largest, axis=0)
+    token = tl.min(tl.where(largest == peak, index, V), axis=0)
     if (tl.max(wrong, axis=0) > 0) | (peak == float("-inf")):
         tl.store(tokens_ptr + row, -1)
         tl.store(logprobs_ptr + row, float("nan"))
         return
 
+    # the sum of the raw weights, for the log-probability
     low = tl.full((), -2139095040, tl.int64)  # the lowest finite float32, ordered: nothing else is ever drawn
     inside, total = _at_least(logits_ptr, low, peak, 1.0, V, True, SCALE, BLOCK_V)
     log_total = tl.log(total.to(tl.float32) / SCALE)
@@ -193,22 +195,25 @@ def sample_kernel(
         temperature = tl.minimum(tl.maximum(temperature, 1.0 / LIMIT), LIMIT)
         inverse = 1.0 / temperature
         k, p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        # top-k: raise the threshold, and sum the weights of this temperature above it
         filtered = (k > 0) & (k < inside)
         if filtered:
             low, inside, _ = _threshold(logits_ptr, low, inside, total, k, peak, inverse, V, False, SCALE, BLOCK_V)
         if filtered | (temperature != 1.0):
             total = _at_least(logits_ptr, low, peak, inverse, V, True, SCALE, BLOCK_V)[1]
+        # top-p: raise the threshold further
         if p < 1.0:
-            lightest = (peak - 30.0 * temperature).to(tl.int32, bitcast=True)  # what is lower has no weight
+            lightest = (peak - 30.0 * temperature).to(tl.int32, bitcast=True)  # lower logits have no weight
             low = tl.maximum(low, _ordered(lightest).to(tl.int64))
             need = tl.maximum((p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
             low, _, total = _threshold(logits_ptr, low, inside, total, need, peak, inverse, V, True, SCALE, BLOCK_V)
+        # draw: the first token at which the sum of kept weights exceeds u times their total
         u = _uniform(tl.load(seeds_ptr + row), tl.load(counters_ptr + row))
         left = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
         bound = _ordered(low.to(tl.int32)).to(tl.float32, bitcast=True)
         start = token * 0
         while start < V:
-            x = _load(logits_ptr, start, V, BLOCK_V)
+            x = _load(logits_ptr, start, V, BLOCK_V)  # [BV]
             weight = tl.where(x >= bound, (tl.exp((x - peak) * inverse) * SCALE).to(tl.int64), 0)
             mass = tl.sum(weight, axis=0)
             if mass > left:
@@ -222,10 +227,10 @@ def sample_kernel(
     tl.store(logprobs_ptr + row, tl.load(logits_ptr + token).to(tl.float32) - peak - log_total)
 
 
-def launch_config(V: int) -> dict[str, int]:
-    """Block and warps for a row of V logits: 16 elements a thread, for enough loads in flight with few rows."""
+def launch_config(V: int) -> LaunchConfig:
+    """Settings for a row of V logits: 16 elements per thread, for enough loads in flight with few rows."""
     block = min(8192, max(2048, block_size(V)))
-    return {"BLOCK_V": block, "num_warps": block // 512, "maxnreg": 128}
+    return LaunchConfig({"BLOCK_V": block}, num_warps=block // 512, maxnreg=128)
 
 
 def _sample_triton(
@@ -237,7 +242,7 @@ def _sample_triton(
     if N:
         sample_kernel[(N,)](
             logits, temperature, top_k, top_p, seeds, counters, tokens, logprobs, V, logits.stride(0),
-            SCALE=SCALE, LIMIT=LIMIT, **launch_config(V),
+            SCALE=SCALE, LIMIT=LIMIT, **launch_config(V).options(),
         )  # fmt: skip
     return tokens, logprobs
 

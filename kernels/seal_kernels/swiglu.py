@@ -7,20 +7,19 @@ Backward, with dy the gradient that reaches y; s is computed again from gate_up,
     dgate = dy * up * s * (1 + g * (1 - s))         dup = dy * g * s
 
 Shapes: gate_up [T, 2F] with contiguous rows at any row stride; y [T, F].
-Bytes, b per element: forward 3 b F a row (two reads, one write), backward 5 b F (three reads, two writes). About 5 F
-FLOPs and one exponential an element forward, twice that backward: memory bound.
+Bytes per row, b per element: forward 3 b F (two reads, one write), backward 5 b F (three reads, two writes). About 5
+FLOPs and one exponential per element forward, twice that backward: memory bound.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from seal_kernels.dispatch import block_size, cdiv, run, tl, triton, use_triton
+from seal_kernels.dispatch import LaunchConfig, apply, block_size, ceil_div, tl, triton, use_triton
 
-WIDENED_ROWS = 32  # of 16-bit tensors that the CPU takes at a time
+WIDENED_ROWS = 32  # rows of 16-bit tensors that the CPU takes at a time
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -41,9 +40,9 @@ def swiglu_forward_kernel(gate_up_ptr, y_ptr, T, F, stride_row, BLOCK_T: tl.cons
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < T)[:, None] & (cols < F)[None, :]
     at = gate_up_ptr + rows[:, None] * stride_row + cols[None, :]
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
-    y = gate * _sigmoid(gate) * up
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [BT, BF]
+    up = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)  # [BT, BF]
+    y = gate * _sigmoid(gate) * up  # [BT, BF]
     tl.store(y_ptr + rows[:, None] * F + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -55,9 +54,9 @@ def swiglu_backward_kernel(
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < T)[:, None] & (cols < F)[None, :]
     at = gate_up_ptr + rows[:, None] * stride_row + cols[None, :]
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + rows[:, None] * F + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [BT, BF]
+    up = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)  # [BT, BF]
+    dy = tl.load(dy_ptr + rows[:, None] * F + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [BT, BF]
     s = _sigmoid(gate)
     out = dgate_up_ptr + rows[:, None] * (2 * F) + cols[None, :]
     dgate = dy * up * s * (1.0 + gate * (1.0 - s))
@@ -65,28 +64,32 @@ def swiglu_backward_kernel(
     tl.store(out + F, (dy * gate * s).to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_config(F: int) -> dict[str, Any]:
-    """Block and warps for rows of F: a program has 2048 elements, 16 a thread, of several rows where F is small."""
+def launch_config(F: int) -> LaunchConfig:
+    """Settings for rows of F: a program has 2048 elements, 16 per thread, of several rows where F is small."""
     block = min(1024, block_size(F))
-    return {"BLOCK_T": 2048 // block, "BLOCK_F": block, "num_warps": 4}
+    return LaunchConfig({"BLOCK_T": 2048 // block, "BLOCK_F": block}, num_warps=4)
+
+
+def _grid(T: int, F: int) -> tuple[int, int]:
+    blocks = launch_config(F).blocks
+    return ceil_div(T, blocks["BLOCK_T"]), ceil_div(F, blocks["BLOCK_F"])
 
 
 class SwiGLU(torch.autograd.Function):
     """Saves gate_up, which the projection before it made anyway."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, row_independent: bool) -> Tensor:
+    def forward(ctx, gate_up: Tensor, batch_invariant: bool) -> Tensor:
         T, F = gate_up.shape[0], gate_up.shape[1] // 2
         y = torch.empty(T, F, dtype=gate_up.dtype, device=gate_up.device)
         if use_triton(gate_up):
             if T:
-                config = launch_config(F)
-                grid = (cdiv(T, config["BLOCK_T"]), cdiv(F, config["BLOCK_F"]))
-                swiglu_forward_kernel[grid](gate_up, y, T, F, gate_up.stride(0), **config)
+                options = launch_config(F).options()
+                swiglu_forward_kernel[_grid(T, F)](gate_up, y, T, F, gate_up.stride(0), **options)
         else:
-            _in_float32(partial(_forward_cpu, row_independent), gate_up, out=y)
+            _in_float32(partial(_forward_cpu, batch_invariant), gate_up, out=y)
         ctx.save_for_backward(gate_up)
-        ctx.row_independent = row_independent
+        ctx.batch_invariant = batch_invariant
         return y
 
     @staticmethod
@@ -96,11 +99,10 @@ class SwiGLU(torch.autograd.Function):
         dgate_up = torch.empty(T, 2 * F, dtype=gate_up.dtype, device=gate_up.device)
         if use_triton(dy, gate_up):
             if T:
-                config = launch_config(F)
-                grid = (cdiv(T, config["BLOCK_T"]), cdiv(F, config["BLOCK_F"]))
-                swiglu_backward_kernel[grid](dy.contiguous(), gate_up, dgate_up, T, F, gate_up.stride(0), **config)
+                tensors, options = (dy.contiguous(), gate_up, dgate_up), launch_config(F).options()
+                swiglu_backward_kernel[_grid(T, F)](*tensors, T, F, gate_up.stride(0), **options)
         else:
-            _in_float32(partial(_backward_cpu, ctx.row_independent), gate_up, dy, out=dgate_up)
+            _in_float32(partial(_backward_cpu, ctx.batch_invariant), gate_up, dy, out=dgate_up)
         return dgate_up, None
 
 
@@ -112,17 +114,17 @@ def _sigmoid_cpu(x: Tensor) -> Tensor:
     return torch.neg(x).exp_().add_(1).reciprocal_()
 
 
-def _forward_cpu(row_independent: bool, gate_up: Tensor, *, out: Tensor) -> None:
+def _forward_cpu(batch_invariant: bool, gate_up: Tensor, *, out: Tensor) -> None:
     gate, up = gate_up.chunk(2, 1)
-    if row_independent:
+    if batch_invariant:
         torch.mul(gate, _sigmoid_cpu(gate), out=out).mul_(up)
     else:
         torch.ops.aten.silu.out(gate, out=out).mul_(up)
 
 
-def _backward_cpu(row_independent: bool, gate_up: Tensor, dy: Tensor, *, out: Tensor) -> None:
+def _backward_cpu(batch_invariant: bool, gate_up: Tensor, dy: Tensor, *, out: Tensor) -> None:
     (gate, up), (dgate, dup) = gate_up.chunk(2, 1), out.chunk(2, 1)
-    if row_independent:
+    if batch_invariant:
         sigmoid = _sigmoid_cpu(gate)
         torch.mul(gate, sigmoid, out=dup)
         torch.mul(dup, 1 - sigmoid, out=dgate).add_(sigmoid).mul_(dy).mul_(up)
@@ -134,24 +136,24 @@ def _backward_cpu(row_independent: bool, gate_up: Tensor, dy: Tensor, *, out: Te
 
 
 def _in_float32(fn: Callable[..., None], *tensors: Tensor, out: Tensor) -> None:
-    """fn(*tensors, out=out), in float32 where they are narrower: some rows at a time, which stay in the cache."""
+    """fn(*tensors, out=out), in float32 where tensors are narrower: some rows at a time, which stay in the cache."""
     if out.element_size() >= 4:
         fn(*tensors, out=out)
     elif len(out) > WIDENED_ROWS:
-        for *rows, own in zip(*(x.split(WIDENED_ROWS) for x in (*tensors, out)), strict=True):
-            _in_float32(fn, *rows, out=own)
+        for *rows, out_rows in zip(*(x.split(WIDENED_ROWS) for x in (*tensors, out)), strict=True):
+            _in_float32(fn, *rows, out=out_rows)
     else:
         wide = torch.empty(out.shape)
         fn(*(x.float() for x in tensors), out=wide)
         out.copy_(wide)
 
 
-def swiglu(gate_up: Tensor, row_independent: bool = False) -> Tensor:
+def swiglu(gate_up: Tensor, batch_invariant: bool = False) -> Tensor:
     """silu(gate_up[:, :F]) * gate_up[:, F:], contiguous. Differentiable.
 
-    gate_up: [T, 2F] with contiguous rows, at any row stride. row_independent: a row's bits do not depend on the other
+    gate_up: [T, 2F] with contiguous rows, at any row stride. batch_invariant: a row's bits do not depend on the other
     rows, for more passes on the CPU; Triton's never do. Raises ValueError on other shapes.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.shape[1] or gate_up.stride(1) != 1:
         raise ValueError(f"swiglu: gate_up must be [T, 2F] with contiguous rows, not {tuple(gate_up.shape)}")
-    return run(SwiGLU, gate_up, row_independent)
+    return apply(SwiGLU, gate_up, batch_invariant)

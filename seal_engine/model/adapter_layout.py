@@ -7,6 +7,7 @@ group's adapted projections as consecutive rows, then their B.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
@@ -14,30 +15,41 @@ import numpy as np
 
 from seal_engine.model.config import ModelConfig
 from seal_engine.types import InputError, LoraConfig, require
+from seal_kernels.dispatch import ceil_div
 
-# Projections in the order of their outputs in the model's fused matrices.
+
+class ProjectionGroup(IntEnum):
+    """The groups of projections that share their input and are one matrix in the model; GROUPS is indexed by them."""
+
+    QKV = 0
+    O = 1
+    GATE_UP = 2
+    DOWN = 3
+
+
+# The projections of each group, in the order of their outputs in the group's matrix.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 PARENTS = ("self_attn", "self_attn", "mlp", "mlp")
 ALIGNMENT = 16  # elements: every A and B starts at 64 bytes, for whole vector loads
 
 
 def projection_sizes(config: ModelConfig) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """For each group: the size of the shared input, and of each projection's output."""
+    """The sizes of each group, in ProjectionGroup's order: of the shared input, and of each projection's output."""
     D, F, Q, KV = config.hidden_size, config.intermediate_size, config.query_size, config.key_value_size
     return ((D, (Q, KV, KV)), (Q, (D,)), (D, (F, F)), (F, (D,)))
 
 
 def module_name(layer: int, group: int, projection: int) -> str:
-    """As Transformers names it: model.layers.0.self_attn.q_proj."""
+    """Transformers' name of a projection: model.layers.0.self_attn.q_proj."""
     return f"model.layers.{layer}.{PARENTS[group]}.{GROUPS[group][projection]}"
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Where the parts of an adapter lie in its flat tensor; projections that it leaves alone have rank 0."""
+    """The places of an adapter's parts in its flat tensor; projections that it does not adapt have rank 0."""
 
     size: int  # elements
-    offsets: np.ndarray  # [L, 4, 1 + 3] int64: of A's rows of a group, and of each projection's B
+    offsets: np.ndarray  # [L, 4, 1 + 3] int64: where the rows of A of a group begin, and each projection's B
     ranks: np.ndarray  # [L, 4, 3] int64
     scales: np.ndarray  # [L, 4, 3] float64
     num_parameters: int  # elements that are not padding
@@ -59,27 +71,26 @@ def adapter_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
 @lru_cache(maxsize=256)
 def _layout(shape, targets, r, alpha, use_rslora, rank_pattern, alpha_pattern) -> AdapterLayout:
     layers, sizes = shape
-    offsets = np.zeros((layers, 4, 4), dtype=np.int64)
-    ranks = np.zeros((layers, 4, 3), dtype=np.int64)
-    scales = np.zeros((layers, 4, 3))
+    num_groups, most = len(GROUPS), max(len(projections) for projections in GROUPS)
+    offsets = np.zeros((layers, num_groups, 1 + most), dtype=np.int64)
+    ranks = np.zeros((layers, num_groups, most), dtype=np.int64)
+    scales = np.zeros((layers, num_groups, most))
     matches = _Targets(targets)
     at = parameters = 0
-    for layer, group in np.ndindex(layers, 4):
+    for layer, group in np.ndindex(layers, num_groups):
         for m in range(len(GROUPS[group])):
             name = module_name(layer, group, m)
             if matches(name):
                 rank = _first_match(rank_pattern, name, r)
                 divisor = rank**0.5 if use_rslora else rank
-                ranks[layer, group, m], scales[layer, group, m] = (
-                    rank,
-                    _first_match(alpha_pattern, name, alpha) / divisor,
-                )
+                ranks[layer, group, m] = rank
+                scales[layer, group, m] = _first_match(alpha_pattern, name, alpha) / divisor
         inputs, outputs = sizes[group]
         lengths = [int(ranks[layer, group].sum()) * inputs]
         lengths += [int(ranks[layer, group, m]) * width for m, width in enumerate(outputs)]
         for i, length in enumerate(lengths):
             offsets[layer, group, i] = at
-            at += -(-length // ALIGNMENT) * ALIGNMENT
+            at += ceil_div(length, ALIGNMENT) * ALIGNMENT
         parameters += sum(lengths)
     matches.check()
     return AdapterLayout(at, offsets, ranks, scales, parameters)

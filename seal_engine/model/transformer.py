@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from seal_engine.model.adapter_layout import ProjectionGroup
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
 from seal_kernels.cross_entropy import token_logprobs
-from seal_kernels.linear import frozen_linear, multiplies_bfloat16
+from seal_kernels.linear import INVARIANT_ROWS, frozen_linear, multiplies_bfloat16
 from seal_kernels.lora import lora_linear
 from seal_kernels.paged_attention import paged_attention, write_kv
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
@@ -55,7 +56,7 @@ class Model:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
         """Allocates uninitialised parameters; `named_tensors` gives the views to fill."""
         self.version = 0  # rises with every change of the parameters
-        self.row_tile: int | None = None  # see seal_kernels.linear: set for results that do not depend on company
+        self.batch_invariant = False  # whether a token's results do not depend on the other sequences of its batch
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
@@ -177,16 +178,16 @@ class Model:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> [N, V] float32."""
-        return frozen_linear(hidden, self.lm_head, row_tile=self.row_tile).float()
+        return frozen_linear(hidden, self.lm_head, batch_invariant=self.batch_invariant).float()
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log p(targets[n] | hidden[n]), [N] float32, for hidden [N, D] and targets [N] int64; differentiable."""
-        if self.row_tile is None:
+        if not self.batch_invariant:
             return token_logprobs(hidden, self.lm_head, targets)
-        padding = (-len(targets) % self.row_tile,)
+        padding = (-len(targets) % INVARIANT_ROWS,)
         hidden = torch.cat([hidden, hidden.new_zeros(*padding, hidden.shape[1])])
         targets = torch.cat([targets, targets.new_zeros(padding)])
-        tiles = zip(hidden.split(self.row_tile), targets.split(self.row_tile), strict=True)
+        tiles = zip(hidden.split(INVARIANT_ROWS), targets.split(INVARIANT_ROWS), strict=True)
         return torch.cat([token_logprobs(h, self.lm_head, t) for h, t in tiles])[: len(targets) - padding[0]]
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,29 +205,30 @@ class Model:
         lora: LoraBatch | None,
     ) -> Tensor:
         c, layer, T, E = self.config, self.layers[i], len(x), self.config.head_dim
-        qkv = self._project(x, layer.qkv, layer.qkv_bias, lora, i, 0)  # [T, (H + 2 K) E]
+        qkv = self._project(x, layer.qkv, layer.qkv_bias, lora, i, ProjectionGroup.QKV)  # [T, (H + 2 K) E]
         heads = qkv.view(T, -1, E)  # [T, H + 2 K, E]
         q, k, v = heads.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, c.rms_norm_eps), rms_norm(k, layer.k_norm, c.rms_norm_eps)
         q, k = rotary(q, k, *rotation)
-        window, alone = layer.window, self.row_tile is not None
+        window, batch_invariant = layer.window, self.batch_invariant
         if isinstance(batch, PackedBatch):
             lengths = batch.cu_seqlens, batch.max_seqlen
-            out = attention(q, k, v, *lengths, window=window, row_independent=alone)  # [T, H, E]
+            out = attention(q, k, v, *lengths, window=window, batch_invariant=batch_invariant)  # [T, H, E]
         else:
             keys, values = batch.keys[i], batch.values[i]
             write_kv(k, v, keys, values, batch.slot_mapping)
             places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
-            options = {"row_independent": alone, "shared": batch.shared}
+            options = {"batch_invariant": batch_invariant, "shared": batch.shared}
             out = paged_attention(q, keys, values, *places, window=window, **options)
-        return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, 1)
+        return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, ProjectionGroup.O)
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
         layer = self.layers[i]
-        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, 2, self.mlp_dtype)  # [T, 2 F]
-        activated = swiglu(gate_up, row_independent=self.row_tile is not None)  # [T, F]
-        return self._project(activated, layer.down, layer.down_bias, lora, i, 3, x.dtype)
+        group = ProjectionGroup.GATE_UP
+        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group, self.mlp_dtype)  # [T, 2 F]
+        activated = swiglu(gate_up, batch_invariant=self.batch_invariant)  # [T, F]
+        return self._project(activated, layer.down, layer.down_bias, lora, i, ProjectionGroup.DOWN, x.dtype)
 
     def _project(
         self,
@@ -235,10 +237,10 @@ class Model:
         bias: Tensor | None,
         lora: LoraBatch | None,
         layer: int,
-        group: int,
+        group: ProjectionGroup,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """One of the layer's four matrices (see adapters.GROUPS), with its adapters if it has any, in dtype or x's."""
+        """The product with a group's matrix, with its adapters if it has any, in dtype or x's."""
         if lora is None or (layer, group) not in lora.groups:
-            return frozen_linear(x, weight, bias, self.row_tile, dtype)
-        return lora_linear(x, weight, bias, lora.groups[layer, group], lora.anchor, self.row_tile, dtype)
+            return frozen_linear(x, weight, bias, self.batch_invariant, dtype)
+        return lora_linear(x, weight, bias, lora.groups[layer, group], lora.anchor, self.batch_invariant, dtype)

@@ -73,7 +73,10 @@ class DecodeGraphs:
         if lora is not None and lora.tables is not None:
             tables, records, blocks = lora.tables
             records, blocks = empty(records, len(records), rows, *records.shape[2:]), empty(blocks, rows, 4)
-            tables = [replace(t, records=r, blocks=blocks, spans=blocks) for t, r in zip(tables, records, strict=True)]
+            tables = [
+                replace(t, factor_table=r, token_blocks=blocks, segment_blocks=blocks)
+                for t, r in zip(tables, records, strict=True)
+            ]
             groups = zip(lora.groups.items(), tables, strict=True)
             groups = {key: replace(group, bounds=(0, rows), tables=t) for (key, group), t in groups}
             static_lora = replace(lora, groups=groups, tables=BatchTables(tables, records, blocks))
@@ -106,7 +109,7 @@ def _kind(lora: LoraBatch | None) -> tuple:
     if lora is None:
         return ()
     tables = ((key, group.columns, group.tables) for key, group in lora.groups.items())
-    return tuple((key, columns, t.rows, *t.a, t.b, t.aligned, t.aligned_h) for key, columns, t in tables if t)
+    return tuple((key, columns, t.h_width, *t.a, t.b, t.aligned, t.aligned_h) for key, columns, t in tables if t)
 
 
 def _fill(graph: _Graph, batch: PagedBatch, lora: LoraBatch | None) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from compare import DEVICE, relative_error
 from gates import SM, compiles, gate
-from seal_kernels.adamw import Hyper, adamw_kernel, adamw_step, launch_config, norm_kernel, square_sums_kernel
+from seal_kernels.adamw import LAUNCH_CONFIGS, Hyper, adamw_kernel, adamw_step, norm_kernel, square_sums_kernel
 from seal_kernels.dispatch import INTERPRET
 
 SIZES = [1, 1000, 4097, 3] if INTERPRET else [1, 1000, 4097, 3, 300_001]
@@ -36,7 +36,7 @@ def clones(kinds):
     return [[x.clone() for x in tensors] for tensors in kinds]
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, float("inf"), 1.5])
+@pytest.mark.parametrize("max_grad_norm", [None, float("inf"), 1.5], ids=["no limit", "limit inf", "some are clipped"])
 def test_equals_torch(max_grad_norm):
     """torch.optim.AdamW and clip_grad_norm_, a slot at a time, from zero moments; steps need not begin at 1."""
     S, steps = len(SIZES), 6 if INTERPRET else 20
@@ -88,7 +88,7 @@ def test_first_step_from_the_paper():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=["nan", "inf", "square overflows"])
 def test_a_slot_of_no_finite_norm_is_left_alone(value):
     """1e30 is finite, its square is not. All other slots have the bits that they have without it."""
     clean = make(SIZES)
@@ -171,14 +171,13 @@ def test_what_does_not_match_is_refused():
 def test_compile_gate(sm, aligned):
     slots, sums = {"slots_ptr": torch.int64}, {"sums_ptr": torch.float32}
     norms, numbers = {"norms_ptr": torch.float32}, {"hyper_ptr": torch.float32}
-    made = gate(
-        square_sums_kernel, sm, {**slots, **sums, "ALIGNED": aligned, **launch_config("square_sums")}, disassemble=True
-    )
+    options = {name: config.options() for name, config in LAUNCH_CONFIGS.items()}
+    args = {**slots, **sums, "ALIGNED": aligned, **options["square_sums"]}
+    made = gate(square_sums_kernel, sm, args, disassemble=True)
     assert ("LDG.E.128" in made.sass) == aligned
-    made = gate(
-        adamw_kernel, sm, {**slots, **numbers, **norms, "ALIGNED": aligned, **launch_config("adamw")}, disassemble=True
-    )
+    args = {**slots, **numbers, **norms, "ALIGNED": aligned, **options["adamw"]}
+    made = gate(adamw_kernel, sm, args, disassemble=True)
     assert ("LDG.E.128" in made.sass and "STG.E.128" in made.sass) == aligned
     if aligned:
-        gate(norm_kernel, sm, {**slots, **sums, **norms, "programs": 256, **launch_config("norm")})
-        gate(norm_kernel, sm, {**slots, **sums, **norms, "programs": 1, **launch_config("norm")})
+        gate(norm_kernel, sm, {**slots, **sums, **norms, "programs": 256, **options["norm"]})
+        gate(norm_kernel, sm, {**slots, **sums, **norms, "programs": 1, **options["norm"]})

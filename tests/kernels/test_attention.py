@@ -12,8 +12,8 @@ from seal_kernels.attention import (
     attention_dq_kernel,
     attention_forward_kernel,
     attention_ref,
-    launch_config,
 )
+from seal_kernels.attention_common import head_block, launch_config
 from seal_kernels.dispatch import INTERPRET
 
 
@@ -52,15 +52,15 @@ def check_attention(inputs, dout, lengths, view=lambda *x: x, **options):
 @pytest.mark.parametrize(
     ("lengths", "heads", "key_heads", "E", "window"),
     [
-        ([5, 0, 1, 17], 4, 2, 16, None),
-        ([64, 65, 1, 127], 2, 1, 40, None),
-        ([33, 0, 50], 7, 1, 64, None),
-        ([130, 20], 2, 2, 128, None),
-        ([70], 1, 1, 256, None),
-        ([90, 40], 2, 1, 80, 16),
-        ([15, 16, 17, 48], 4, 2, 32, 16),
-        ([99, 100, 101, 230], 1, 1, 16, 100),
-        ([129, 200], 2, 1, 96, 64),
+        pytest.param([5, 0, 1, 17], 4, 2, 16, None, id="no tokens, one token"),
+        pytest.param([64, 65, 1, 127], 2, 1, 40, None, id="lengths around a block"),
+        pytest.param([33, 0, 50], 7, 1, 64, None, id="7 heads on 1"),
+        pytest.param([130, 20], 2, 2, 128, None, id="several blocks"),
+        pytest.param([70], 1, 1, 256, None, id="largest heads"),
+        pytest.param([90, 40], 2, 1, 80, 16, id="narrow window"),
+        pytest.param([15, 16, 17, 48], 4, 2, 32, 16, id="lengths around the window"),
+        pytest.param([99, 100, 101, 230], 1, 1, 16, 100, id="window cuts a block"),
+        pytest.param([129, 200], 2, 1, 96, 64, id="window of whole blocks"),
     ],
 )
 def test_attention_equals_reference(lengths, heads, key_heads, E, window, dtype):
@@ -116,9 +116,9 @@ def test_float64():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("batch_invariant", [True, False])
 @pytest.mark.parametrize("window", [None, 16])
-def test_a_sequence_is_the_same_alone_and_in_company(window, alone):
+def test_a_sequence_is_the_same_alone_and_in_company(window, batch_invariant):
     """In company of NaN, too: nothing of a neighbour is read, not even to be multiplied by zero.
 
     To the bit, but for the CPU's batches of short sequences.
@@ -131,9 +131,10 @@ def test_a_sequence_is_the_same_alone_and_in_company(window, alone):
 
     def outputs(lengths, tokens):
         *inputs, dout = [x[tokens] for x in tensors]
-        return run(lambda *x: attention(*x, *packing(lengths), window=window, row_independent=alone), inputs, [dout])
+        options = {"window": window, "batch_invariant": batch_invariant}
+        return run(lambda *x: attention(*x, *packing(lengths), **options), inputs, [dout])
 
-    same = torch.equal if alone or INTERPRET or DEVICE.type == "cuda" else torch.allclose
+    same = torch.equal if batch_invariant or INTERPRET or DEVICE.type == "cuda" else torch.allclose
     together = outputs(lengths, slice(None))
     for length, tokens in ((33, slice(0, 33)), (21, slice(103, 124)), (50, slice(124, 174))):
         for mine, all_of_them in zip(outputs([length], tokens), together, strict=True):
@@ -221,20 +222,19 @@ def test_compile_gate(E, sm, window, dtype):
     strides = dict.fromkeys(("stride_qt", "stride_kt", "stride_vt"), W)
     strides |= dict.fromkeys(("stride_qh", "stride_kh", "stride_vh"), E) | {"stride_ot": H * E}
     sizes = {"T": 4096, "group": H // K, "window": window or 0, "scale2": 0.1, "E": E, **strides}
-    sizes["HAS_WINDOW"] = window is not None
+    sizes |= {"HAS_WINDOW": window is not None, "BLOCK_E": head_block(E)}
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype)
     pointers |= {"cu_seqlens_ptr": torch.int32, "lse_ptr": torch.float32}
 
-    def compile_gate(kernel, which, **args):
-        config = launch_config(E, dtype, which, (sm // 10, sm % 10))
+    def compile_gate(kernel, kernel_name, **args):
+        config = launch_config(kernel_name, E, dtype, (sm // 10, sm % 10))
         # dk and dv of 256 elements spill in blocks large enough for the Hopper instructions.
-        matrix = dtype == torch.bfloat16 and which != "delta" and (which, E) != ("dkdv", 256)
-        gate(kernel, sm, {**args, **config}, hopper_matrix=matrix)
+        matrix = dtype == torch.bfloat16 and kernel_name != "delta" and (kernel_name, E) != ("dkdv", 256)
+        gate(kernel, sm, {**args, **config.options()}, hopper_matrix=matrix)
 
     compile_gate(attention_forward_kernel, "forward", **pointers, **sizes, out_ptr=dtype)
-    compile_gate(
-        attention_delta_kernel, "delta", out_ptr=dtype, dout_ptr=dtype, delta_ptr=torch.float32, T=4096, H=H, E=E
-    )
+    delta = {"out_ptr": dtype, "dout_ptr": dtype, "delta_ptr": torch.float32, "T": 4096, "H": H, "E": E}
+    compile_gate(attention_delta_kernel, "delta", **delta, BLOCK_E=head_block(E))
     backward = {**pointers, **sizes, "dout_ptr": dtype, "delta_ptr": torch.float32, "scale": 0.1}
     compile_gate(attention_dkdv_kernel, "dkdv", **backward, dk_ptr=dtype, dv_ptr=dtype, stride_gt=K * E)
     compile_gate(attention_dq_kernel, "dq", **backward, dq_ptr=dtype)

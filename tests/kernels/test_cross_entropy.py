@@ -57,7 +57,15 @@ def widened(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "D", "V"), [(1, 1, 1), (1, 64, 1009), (MANY, 40, 37), (65, 96, 8999)])
+@pytest.mark.parametrize(
+    ("T", "D", "V"),
+    [
+        pytest.param(1, 1, 1, id="one word"),
+        pytest.param(1, 64, 1009, id="one token"),
+        pytest.param(MANY, 40, 37, id="several chunks"),
+        pytest.param(65, 96, 8999, id="rows of two blocks"),
+    ],
+)
 def test_token_logprobs_equal_reference(T, D, V, dtype):
     torch.manual_seed(0)
     hidden, weight, targets = problem(T, D, V, dtype)
@@ -343,4 +351,4 @@ def test_wrong_arguments_are_refused():
 def test_compile_gate(sm, dtype):
     pointers = {"logits_ptr": torch.float32, "targets_ptr": torch.int64, "logprobs_ptr": torch.float32}
     V = 152_000
-    gate(logprob_kernel, sm, {**pointers, "grad_ptr": dtype, "V": V, "GRAD": True, **launch_config(V)})
+    gate(logprob_kernel, sm, {**pointers, "grad_ptr": dtype, "V": V, "GRAD": True, **launch_config(V).options()})

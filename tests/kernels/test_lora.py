@@ -7,7 +7,7 @@ import torch
 
 from compare import DEVICE, DTYPES, relative_error
 from gates import GATE_DTYPES, SM, compiles, gate
-from seal_kernels.dispatch import INTERPRET
+from seal_kernels.dispatch import INTERPRET, ceil_div
 from seal_kernels.lora import (
     launch_config,
     lora_expand_kernel,
@@ -16,14 +16,18 @@ from seal_kernels.lora import (
     lora_outer_kernel,
     lora_shrink_kernel,
 )
-from seal_kernels.lora_tables import LoraGroup, device_tables, keep_mask
+from seal_kernels.lora_cpu import keep_mask
+from seal_kernels.lora_tables import LoraGroup, device_tables
 
 ON_CPU_PATH = not INTERPRET and DEVICE.type == "cpu"
 
 
 def make_group(lengths, ranks, columns, inputs, dropout=None, seed=0, aligned=False):
     """Random adapters in flat tensors with some unused space between their parts; gradients start at zero."""
-    up = (lambda n: -(-n // 16) * 16) if aligned else (lambda n: n)
+
+    def up(n):
+        return ceil_div(n, 16) * 16 if aligned else n
+
     generator = np.random.default_rng(seed)
     S, M = len(lengths), len(columns)
     params, offsets = [], np.zeros((S, 1 + M), dtype=np.int64)
@@ -88,11 +92,15 @@ QKV = [(0, 40), (40, 56), (56, 72)]
 @pytest.mark.parametrize(
     ("lengths", "ranks"),
     [
-        ([1], [[1, 1, 1]]),
-        ([5, 0, 1, 17], [[3, 0, 3], [2, 2, 2], [0, 0, 0], [17, 17, 17]]),
-        ([130, 64, 3], [[64, 64, 64], [1, 0, 0], [0, 8, 5]]),
-        ([20, 33], [[128, 128, 128], [0, 0, 0]]),
-        ([2, 0, 65, 1, 9], [[1, 3, 17], [64, 64, 64], [128, 0, 1], [64, 128, 3], [17, 17, 17]]),
+        pytest.param([1], [[1, 1, 1]], id="one token, rank 1"),
+        pytest.param(
+            [5, 0, 1, 17], [[3, 0, 3], [2, 2, 2], [0, 0, 0], [17, 17, 17]], id="ranks not a multiple of 8, no tokens"
+        ),
+        pytest.param([130, 64, 3], [[64, 64, 64], [1, 0, 0], [0, 8, 5]], id="several blocks of tokens"),
+        pytest.param([20, 33], [[128, 128, 128], [0, 0, 0]], id="several blocks of ranks, no adapter"),
+        pytest.param(
+            [2, 0, 65, 1, 9], [[1, 3, 17], [64, 64, 64], [128, 0, 1], [64, 128, 3], [17, 17, 17]], id="a mixture"
+        ),
     ],
 )
 def test_lora_equals_reference(lengths, ranks, dtype):
@@ -117,7 +125,7 @@ def test_one_projection_with_many_adapters():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[9, 30, 4], [2, 0, 140]])
+@pytest.mark.parametrize("lengths", [[9, 30, 4], [2, 0, 140]], ids=["one block each", "several blocks, no tokens"])
 def test_dropout_is_the_reference_s(lengths, dtype):
     """Forward and backward: elements are dropped by their place, in the segment's second block of tokens too."""
     group = make_group(lengths, [[4, 4], [3, 0], [2, 2]], [(0, 24), (24, 40)], 70, dropout=[0.3, 0.0, 0.9])
@@ -214,7 +222,7 @@ def test_what_needs_no_gradient_gets_none():
     assert anchor.grad is None
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 0], [4, 3]])
+@pytest.mark.parametrize("lengths", [[], [0, 0], [4, 3]], ids=["no segments", "no tokens", "rank 0"])
 def test_nothing_to_adapt(lengths):
     group = make_group(lengths, [[0, 0, 0]] * len(lengths), QKV, inputs=16)
     x = torch.randn(sum(lengths), 16).to(DEVICE).requires_grad_()
@@ -281,18 +289,19 @@ def test_wrong_shapes_are_refused():
 )
 def test_compile_gate(sm, aligned, dropout, dtype):
     """The products of a 4 billion parameter model's MLP; aligned as the engine's adapters are, or the worst case."""
-    for which, kernel, wide, blocks, sizes in (
-        ("shrink", lora_shrink_kernel, "x", "blocks_ptr", {}),
-        ("expand", lora_expand_kernel, "y", "blocks_ptr", {}),
-        ("outer", lora_outer_kernel, "x", "spans_ptr", {"row_blocks": 2}),
+    for kernel_name, kernel, wide, sizes in (
+        ("shrink", lora_shrink_kernel, "x", {}),
+        ("expand", lora_expand_kernel, "y", {}),
+        ("outer", lora_outer_kernel, "x", {"rank_blocks": 2}),
     ):
+        options = launch_config(kernel_name, dtype).options()
         made = gate(
             kernel,
             sm,
             {
-                **{f"{wide}_ptr": dtype, "h_ptr": dtype, "records_ptr": torch.int64, blocks: torch.int32},
-                **{"first_unit": 2, f"stride_{wide}": 9728, "stride_h": 128, "stride_records": 27, **sizes},
-                **{"DROPOUT": dropout, "ALIGNED": aligned, "ALIGNED_H": aligned, **launch_config(which, dtype)},
+                **{f"{wide}_ptr": dtype, "h_ptr": dtype, "factors_ptr": torch.int64, "blocks_ptr": torch.int32},
+                **{"first_factor": 2, f"stride_{wide}": 9728, "stride_h": 128, "stride_factors": 27, **sizes},
+                **{"DROPOUT": dropout, "ALIGNED": aligned, "ALIGNED_H": aligned, **options},
             },
             hopper_matrix=dtype == torch.bfloat16,
             disassemble=aligned,

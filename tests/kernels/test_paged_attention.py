@@ -4,10 +4,10 @@ import torch
 from compare import DEVICE, DTYPES, relative_error
 from gates import GATE_DTYPES, SM, compiles, gate
 from seal_kernels.attention import attention_ref
-from seal_kernels.dispatch import INTERPRET
+from seal_kernels.attention_common import head_block, launch_config
+from seal_kernels.dispatch import INTERPRET, ceil_div
 from seal_kernels.paged_attention import (
     SPLIT,
-    launch_config,
     paged_attention,
     paged_attention_ref,
     paged_combine_kernel,
@@ -43,7 +43,7 @@ class Paged:
         ends = torch.tensor(contexts).cumsum(0).tolist()
         # Rows of the packed stream: of all queries, and of what a sampler would have written and still keep.
         self.rows = ints([t for end, n in zip(ends, queries, strict=True) for t in range(end - n, end)], torch.int64)
-        counts = [-(-n // B) for n in contexts]
+        counts = [ceil_div(n, B) for n in contexts]
         blocks, M = iter(torch.randperm(sum(counts) + 3).tolist()), max(counts, default=0) + 2
         N, spare = sum(counts) + 3, 0
         tables = torch.full((len(contexts), M), -1)
@@ -127,10 +127,10 @@ def test_layers_that_share(case):
 
 @pytest.mark.skipif(not ON_TORCH, reason="how the CPU takes queries")
 @pytest.mark.parametrize("case", CASES)
-def test_independent_rows_equal_attention_on_unpaged_sequences(case):
+def test_batch_invariant_attention_equals_attention_on_unpaged_sequences(case):
     *sizes, window = CASES[case]
     paged = Paged(*sizes, window=window)
-    paged.check(lambda *args, **options: paged_attention(*args, row_independent=True, **options))
+    paged.check(lambda *args, **options: paged_attention(*args, batch_invariant=True, **options))
 
 
 @pytest.mark.parametrize("B", [1, 4, 64])
@@ -173,17 +173,17 @@ def test_scores_far_below_zero(dtype):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("window", [None, 40])
-def test_a_sequence_has_the_same_bits_alone_and_in_company(window, independent):
+def test_a_sequence_has_the_same_bits_alone_and_in_company(window, batch_invariant):
     """In company of NaN, too, whether the others decode or prefill, and whatever the capacities."""
-    if independent and not ON_TORCH:
+    if batch_invariant and not ON_TORCH:
         pytest.skip("a mode of the CPU")
     paged = Paged([70, 300, 20, 90, 41, 65], [1, 1, 20, 60, 17, 1], 4, 2, 40, window=window)
     for x in (paged.q, paged.k, paged.v):
         x[70:390] = float("nan")
     write_kv(paged.k, paged.v, *paged.caches, paged.slots)
-    options = {"row_independent": independent}
+    options = {"batch_invariant": batch_invariant}
     together = paged.outputs(**options)
     start = 0
     for s, count in enumerate(paged.queries):
@@ -202,23 +202,30 @@ def test_a_sequence_has_the_same_bits_alone_and_in_company(window, independent):
 @pytest.mark.parametrize("window", [None, 50, 7])
 @pytest.mark.parametrize(
     ("heads", "key_heads", "E", "L"),
-    [(1, 1, 64, 150), (4, 2, 40, 150), (7, 1, 64, 150), (14, 2, 64, 150), (1, 1, 64, 1100), (7, 1, 64, 700)],
+    [
+        pytest.param(1, 1, 64, 150, id="one head"),
+        pytest.param(4, 2, 40, 150, id="heads no power of two"),
+        pytest.param(7, 1, 64, 150, id="7 heads on 1"),
+        pytest.param(14, 2, 64, 150, id="14 heads on 2"),
+        pytest.param(1, 1, 64, 1100, id="one head, long"),
+        pytest.param(7, 1, 64, 700, id="7 heads on 1, long"),
+    ],
 )
-def test_independent_rows_have_the_same_bits_however_a_sequence_is_cut(heads, key_heads, E, L, window):
+def test_batch_invariant_rows_have_the_same_bits_however_a_sequence_is_cut(heads, key_heads, E, L, window):
     """Written and read piece by piece, as the sampler does: later places of the cache are NaN until their turn."""
 
     def outputs(chunk):
         paged = Paged([L], [L], heads, key_heads, E, window=window)
         for cache in paged.caches:
             cache.fill_(float("nan"))
-        paged.tables[:, : -(-L // 16)] = paged.slots[::16] // 16
+        paged.tables[:, : ceil_div(L, 16)] = paged.slots[::16] // 16
         outs = []
         for first in range(0, L, chunk):
             new = slice(first, min(first + chunk, L))
             write_kv(paged.k[new], paged.v[new], *paged.caches, paged.slots[new])
             n = new.stop - first
             args = (*paged.caches, paged.tables, ints([0, n]), ints([new.stop]), n, new.stop)
-            outs.append(paged_attention(paged.q[new], *args, window=window, row_independent=True))
+            outs.append(paged_attention(paged.q[new], *args, window=window, batch_invariant=True))
         return torch.cat(outs)
 
     whole = outputs(L)
@@ -368,8 +375,8 @@ def test_compile_gate(E, sm, window, dtype):
     sizes = {"group": group, "window": window or 0, "scale2": 0.1, "HAS_WINDOW": window is not None, "E": E, "B": B}
     parts = dict.fromkeys(("parts_ptr", "lse_ptr"), torch.float32)
 
-    def config(which):
-        return launch_config(E, dtype, which, capability, group)
+    def config(kernel_name):
+        return {"BLOCK_E": head_block(E), **launch_config(kernel_name, E, dtype, capability, group).options()}
 
     common = {**pointers, **integers, **sizes, **strides}
     matrix = dtype == torch.bfloat16

@@ -21,7 +21,17 @@ def randn(*shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3), (1, 64), (3, 1009), (1823, 40), (5, 7, 40), (33, 3584)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 3), id="rows shorter than a vector"),
+        pytest.param((1, 64), id="one row"),
+        pytest.param((3, 1009), id="width not a multiple of 8"),
+        pytest.param((1823, 40), id="several rows per program"),
+        pytest.param((5, 7, 40), id="heads of tokens"),
+        pytest.param((33, 3584), id="width of a 7B model"),
+    ],
+)
 def test_rms_norm_equals_reference(shape, dtype):
     torch.manual_seed(0)
     x, weight, dy = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype), randn(*shape, dtype=dtype)
@@ -90,7 +100,7 @@ def test_wrong_shapes_are_refused():
 @pytest.mark.parametrize("sm", SM)
 @pytest.mark.parametrize("D", [128, 8192])
 def test_compile_gate(D, sm, dtype):
-    shape = {"N": 4096, "D": D, "inner": 1, "stride_outer": D, "stride_inner": 0, **launch_config(D)}
+    shape = {"N": 4096, "D": D, "inner": 1, "stride_outer": D, "stride_inner": 0, **launch_config(D).options()}
     gate(
         rms_norm_forward_kernel,
         sm,

@@ -19,7 +19,15 @@ def angles(positions, E, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "H", "K", "E"), [(1, 1, 1, 2), (1, 32, 8, 128), (1823, 2, 1, 40), (57, 14, 2, 64)])
+@pytest.mark.parametrize(
+    ("T", "H", "K", "E"),
+    [
+        pytest.param(1, 1, 1, 2, id="one pair"),
+        pytest.param(1, 32, 8, 128, id="one token"),
+        pytest.param(1823, 2, 1, 40, id="many programs, heads no power of two"),
+        pytest.param(57, 14, 2, 64, id="rows not a multiple of a block"),
+    ],
+)
 def test_rotary_equals_reference(T, H, K, E, dtype):
     torch.manual_seed(0)
     q, k = randn(T, H, E, dtype=dtype), randn(T, K, E, dtype=dtype)
@@ -149,7 +157,7 @@ def test_compile_gate(E, sm, dtype):
         "H": H,
         "K": K,
         "half": E // 2,
-        "q_programs": 4096 * H * launch_config(E)["BLOCK_E"] // 1024,
+        "q_programs": 4096 * H * launch_config(E).blocks["BLOCK_E"] // 1024,
     }
     gate(
         rotary_kernel,
@@ -159,6 +167,6 @@ def test_compile_gate(E, sm, dtype):
             **dict.fromkeys(("cos_ptr", "sin_ptr"), torch.float32),
             **shape,
             **{"stride_qt": stride, "stride_qh": E, "stride_kt": stride, "stride_kh": E},
-            **{"INVERSE": False, **launch_config(E)},
+            **{"INVERSE": False, **launch_config(E).options()},
         },
     )

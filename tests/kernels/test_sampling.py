@@ -122,7 +122,9 @@ def exact_distribution(x, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.8), (12, 0.9)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.8), (12, 0.9)], ids=["no filter", "top-k", "top-p", "both"]
+)
 def test_draws_have_the_exact_distribution(temperature, top_k, top_p):
     """Chi-square over streams (one seed, many counters) and over seeds: below its mean plus five deviations."""
     if INTERPRET and temperature != 1.0:
@@ -270,8 +272,6 @@ def test_wrong_logits_are_refused(logits):
 def test_compile_gate(sm, V, dtype):
     args = {"logits_ptr": dtype, "temperature_ptr": torch.float32, "top_k_ptr": torch.int32, "top_p_ptr": torch.float32}
     args |= dict.fromkeys(("seeds_ptr", "counters_ptr", "tokens_ptr"), torch.int64) | {"logprobs_ptr": torch.float32}
-    made = gate(
-        sample_kernel, sm, {**args, "V": V, "stride_n": V, "SCALE": SCALE, "LIMIT": LIMIT, **launch_config(V)},
-        disassemble=V == 152_064,
-    )  # fmt: skip
+    args |= {"V": V, "stride_n": V, "SCALE": SCALE, "LIMIT": LIMIT, **launch_config(V).options()}
+    made = gate(sample_kernel, sm, args, disassemble=V == 152_064)
     assert V != 152_064 or "LDG.E.128" in made.sass

@@ -11,7 +11,16 @@ def randn(*shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "F"), [(1, 1), (1, 64), (3, 1009), (1823, 40), (33, 4864)])
+@pytest.mark.parametrize(
+    ("T", "F"),
+    [
+        pytest.param(1, 1, id="one element"),
+        pytest.param(1, 64, id="one row"),
+        pytest.param(3, 1009, id="width not a multiple of 8"),
+        pytest.param(1823, 40, id="several rows per program"),
+        pytest.param(33, 4864, id="rows of several blocks"),
+    ],
+)
 def test_swiglu_equals_reference(T, F, dtype):
     torch.manual_seed(0)
     gate_up, dy = 3 * randn(T, 2 * F, dtype=dtype), randn(T, F, dtype=dtype)
@@ -88,7 +97,7 @@ def test_wrong_shapes_are_refused():
 @pytest.mark.parametrize("sm", SM)
 @pytest.mark.parametrize("F", [4864])
 def test_compile_gate(F, sm, dtype):
-    shape = {"T": 4096, "F": F, "stride_row": 2 * F, **launch_config(F)}
+    shape = {"T": 4096, "F": F, "stride_row": 2 * F, **launch_config(F).options()}
     gate(swiglu_forward_kernel, sm, {"gate_up_ptr": dtype, "y_ptr": dtype, **shape})
     gate(swiglu_backward_kernel, sm, {"dy_ptr": dtype, "gate_up_ptr": dtype, "dgate_up_ptr": dtype, **shape})
 
@@ -100,7 +109,7 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(F):
 
     def both(rows):
         leaf = gate_up[rows].clone().requires_grad_()
-        y = swiglu(leaf, row_independent=True)
+        y = swiglu(leaf, batch_invariant=True)
         return y.detach(), torch.autograd.grad(y, leaf, dy[rows])[0]
 
     y, grad = both(slice(None))
