@@ -1,12 +1,20 @@
-"""The types that cross layers, and the one legend of shape letters.
+"""The types that cross layers, and the one legend of shape letters, for the engine and its kernels.
 
 T   tokens in a packed stream (all sequences laid end to end, no padding)
-S   sequences in it
+S   sequences in it; in LoRA, segments: consecutive tokens of one adapter; in AdamW, slots
 D   hidden size                 F   intermediate size of the MLP
 H   query heads                 K   key/value heads (H is a multiple of K)
 E   head dimension              V   vocabulary
+I   inputs of a projection      O   outputs of a projection
 L   layers, or a sequence's length where no layer is in sight
 R   rank rows of an adapter on one group of projections
+M   projections of a group; in paged attention, blocks of a sequence's block table
+N   rows of a matrix; in paged attention, blocks of the cache
+B   tokens per block of the cache
+P   pairs of a query and a key that attention multiplies: about L^2 / 2 for a sequence of length L
+
+In costs: r is the rank of one projection, n a number of parameters, b the bytes per element. In comments on a Triton
+kernel's tiles, BT stands for BLOCK_T, and so on.
 """
 
 import sys
