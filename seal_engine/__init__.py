@@ -1,26 +1,15 @@
 """A small, fast engine for self-adapting language models. See README.md."""
 
-from seal_engine.engine import Engine
-from seal_engine.model.adapters import Adapter
-from seal_engine.plan import Plan
-from seal_engine.sampling.requests import Completion, Delta, RequestOutput, SamplingParams
-from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, TrainSequence
-from seal_engine.types import InputError, LoraConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AdamParams",
-    "Adapter",
-    "Completion",
-    "Datum",
-    "DatumResult",
-    "Delta",
-    "Engine",
-    "InputError",
-    "LoraConfig",
-    "Plan",
-    "RequestOutput",
-    "SamplingParams",
-    "TrainJob",
-    "TrainResult",
-    "TrainSequence",
-]
+if TYPE_CHECKING:
+    from seal_engine.api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Import `api`, and torch with it, when a public name is first used: the command line sets threads before."""
+    api = import_module("seal_engine.api")
+    if name == "__all__" or name in api.__all__:
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,18 @@
-"""Imports triton before the kernels do, so that the compile gates find compilable kernels in this process."""
+"""Sets torch's threads before torch is loaded, and imports triton before the kernels do.
+
+The latter is for the compile gates, which find compilable kernels in this process then.
+"""
 
 import importlib.util
 import os
 from datetime import timedelta
 
 import pytest
-import torch
+
+import seal_engine.cli  # noqa: F401
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers, and the processes that tests start, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if importlib.util.find_spec("triton"):
     import triton  # noqa: F401
@@ -16,9 +23,6 @@ if importlib.util.find_spec("hypothesis"):
     # Against what never ends; its own 200 ms a shared machine can miss in any test.
     settings.register_profile("shared", deadline=timedelta(seconds=20))
     settings.load_profile("shared")
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
 
 
 @pytest.fixture(scope="session")
