@@ -16,6 +16,13 @@ class Detokenizer:
         self.text = ""
         self.start = self.read = 0  # tokens from `start` on are decoded together; those before `read` are in the text
 
+    def replay(self, ids: Sequence[int]) -> None:
+        """Begin anew with these tokens, in which there is no stop text."""
+        self.ids, self.text = [], ""
+        self.start = self.read = 0
+        for token in ids:
+            self.add(token)
+
     def add(self, token: int) -> int | None:
         """Append a token. Returns where the first stop text begins, if the text holds one now."""
         self.ids.append(token)

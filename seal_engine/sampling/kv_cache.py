@@ -53,6 +53,11 @@ class BlockPool:
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             require(is_integer(value) and value >= 1, name, value, "an integer >= 1")
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all references and all registered blocks: every block is free."""
+        num_blocks = self.num_blocks
         self._references = [0] * num_blocks
         self._free = list(reversed(range(num_blocks)))  # a stack: low numbers go first
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first

@@ -7,6 +7,7 @@ own prompt, adapter and seed.
 """
 
 from collections import abc
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -73,7 +74,6 @@ class Sampler:
         prompt: the text that token_ids were made from, for the output alone. token_ids: or the error that they raised.
         """
         request = Request(self._num_submitted, RequestOutput(prompt, [], []), params, adapter)
-        self._requests[request.request_id] = request
         self._num_submitted += 1
         try:
             if isinstance(token_ids, InputError):
@@ -82,19 +82,21 @@ class Sampler:
             self._validate_request(request)
         except InputError as error:
             request.output.error = str(error)
+            self._requests[request.request_id] = request
             self.num_done += 1
             return request.request_id
         model_stop_ids = () if params.ignore_eos else self.stop_token_ids
         request.stop_ids = frozenset((*model_stop_ids, *(params.stop_token_ids or ())))
         request.seed = next(self.seeds) if params.seed is None else params.seed
-        request.num_unfinished = params.n
         request.output.prompt_logprobs = [] if params.prompt_logprobs else None
         for index in range(params.n):
             watches_text = params.stops or self.stream
             detokenizer = Detokenizer(self.decode, params.stops) if self.decode and watches_text else None
             request.sequences.append(Sequence(request, index, detokenizer))
         request.output.outputs = [sequence.completion for sequence in request.sequences]
-        self.scheduler.add(request)
+        with self._repair([]):
+            self._requests[request.request_id] = request
+            self.scheduler.add(request)
         return request.request_id
 
     def _validate_request(self, request: Request) -> None:
@@ -128,7 +130,7 @@ class Sampler:
     def poll(self, request_id: int) -> RequestOutput | None:
         """Return the request's output, or None while it is not done. Raises InputError for an unknown id."""
         request = self._request(request_id)
-        return request.output if request.num_unfinished == 0 else None
+        return None if request.unfinished else request.output
 
     def output(self, request_id: int) -> RequestOutput:
         """Return the request's output as it is now."""
@@ -147,13 +149,31 @@ class Sampler:
 
     def cancel(self, request_id: int) -> None:
         """Stop a request: its unfinished samples end with "cancelled". A request that is done stays done."""
-        self._abort(self._request(request_id), "cancelled")
+        request = self._request(request_id)
+        with self._repair([]):
+            self._abort(request, "cancelled")
 
     def _abort(self, request: Request, reason: str | None) -> None:
         """End all samples of a request that are not finished."""
-        for sequence in request.sequences:
-            if not sequence.finished:
-                self._finish(sequence, reason)
+        for sequence in request.unfinished:
+            self._finish(sequence, reason)
+
+    @contextmanager
+    def _repair(self, saved: list[tuple[Sequence, int]]) -> abc.Iterator[None]:
+        """Whatever interrupts the block, Ctrl-C too, leaves a sampler that goes on to the same outputs.
+
+        saved: the sequences that the block may change, with the number of output tokens that they go back to. All K/V
+        are computed again.
+        """
+        try:
+            yield
+        except BaseException:
+            for sequence, num_output_tokens in saved:
+                if sequence.completion.finish_reason != "cancelled":
+                    sequence.truncate(num_output_tokens)
+            self.scheduler.reset(self._requests.values())
+            self.num_done = sum(not request.unfinished for request in self._requests.values())
+            raise
 
     def check_integrity(self) -> None:
         """Raise a RuntimeError if the cache's referenced blocks are not exactly those of the sequences."""
@@ -162,10 +182,21 @@ class Sampler:
 
     @torch.no_grad()
     def step(self) -> list[Delta]:
-        """Run the model once, over the next tokens of as many sequences as fit the budget; return what was sampled."""
-        chunks = self.scheduler.schedule(self.token_budget)
-        if not chunks:
-            return []
+        """Run the model once, over the next tokens of as many sequences as fit the budget; return what was sampled.
+
+        A step happens whole or not at all: after an exception, the next one begins where this one began.
+        """
+        saved: list[tuple[Sequence, int]] = []
+        with self._repair(saved):
+            chunks = self.scheduler.schedule(self.token_budget)
+            for request in dict.fromkeys(chunk.sequence.request for chunk in chunks):
+                saved += [(sequence, len(sequence.completion.token_ids)) for sequence in request.unfinished]
+            deltas = self._compute(chunks) if chunks else []
+        self.tokens_done += sum(len(delta.token_ids) for delta in deltas)
+        return deltas
+
+    def _compute(self, chunks: list[Chunk]) -> list[Delta]:
+        """Compute what was scheduled, and sample the next token of each sequence that is computed to its end."""
         self.cache.copy([chunk.block_copy for chunk in chunks if chunk.block_copy is not None])
         chunks.sort(key=lambda chunk: getattr(chunk.sequence.request.adapter, "uid", 0))
         batch, lora = self._batch(chunks), self._lora_batch(chunks)
@@ -275,7 +306,6 @@ class Sampler:
             if completion.top_logprobs is not None:
                 completion.top_logprobs.append(top_logprobs[i])
             deltas.append(self._append_token(sequence, token))
-        self.tokens_done += sum(len(delta.token_ids) for delta in deltas)
         return deltas
 
     def _adjust_logits(self, logits: Tensor, sequences: list[Sequence]) -> tuple[Tensor, list[int]]:
@@ -336,11 +366,10 @@ class Sampler:
     def _finish(self, sequence: Sequence, reason: str | None) -> None:
         """End a sequence, free its blocks, and write the completion's text."""
         completion, request = sequence.completion, sequence.request
-        completion.finish_reason, sequence.finished = reason, True
-        request.num_unfinished -= 1
-        if request.num_unfinished == 0:
-            self.num_done += 1
-        self.scheduler.remove(sequence)
         stopped_by_text = reason == "stop" and completion.token_ids[-1] not in request.stop_ids
         if self.decode is not None and not stopped_by_text:
             completion.text = self.decode(completion.token_ids[:-1] if reason == "stop" else completion.token_ids)
+        self.scheduler.remove(sequence)
+        completion.finish_reason, sequence.finished = reason, True
+        if not request.unfinished:
+            self.num_done += 1

@@ -6,7 +6,7 @@ common prefix through the prefix index (kv_cache.py), among the blocks of their 
 blocks run out, the youngest sequence is preempted: it gives its blocks back and is computed again later.
 """
 
-from collections import deque
+from collections import abc, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,8 +32,12 @@ class Request:
     max_total_tokens: int = 0  # prompt and completion together
     seed: int = 0
     sequences: list["Sequence"] = field(default_factory=list)
-    num_unfinished: int = 0  # sequences that are not finished
     forked: bool = False  # the prompt has been computed, and the sequences after the first were queued
+
+    @property
+    def unfinished(self) -> list["Sequence"]:
+        """The sequences that are not finished; none of a request that failed before it was queued."""
+        return [sequence for sequence in self.sequences if not sequence.finished]
 
 
 class Sequence:
@@ -54,6 +58,19 @@ class Sequence:
         self.finished = False
         generator = np.random.SeedSequence(request.seed, spawn_key=(index,))
         self.seed = int(generator.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def truncate(self, num_output_tokens: int) -> None:
+        """Forget the output tokens after the first num_output_tokens, with all that followed from them."""
+        completion, output_ids = self.completion, self.completion.token_ids[:num_output_tokens]
+        prompt = self.token_ids[: len(self.request.output.prompt_token_ids)]
+        self.token_ids, completion.token_ids = [*prompt, *output_ids], output_ids
+        completion.text, completion.finish_reason, self.finished = "", None, False
+        self.request.output.error = None
+        for values in (completion.logprobs, completion.top_logprobs):
+            if values is not None:
+                del values[num_output_tokens:]
+        if self.detokenizer is not None:
+            self.detokenizer.replay(output_ids)
 
     @property
     def num_uncomputed(self) -> int:
@@ -83,6 +100,17 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue the first sequence of a request; the others start when it has computed the prompt."""
         self.waiting.append(request.sequences[0])
+
+    def reset(self, requests: abc.Iterable[Request]) -> None:
+        """Free all blocks, forget all prefixes, and let the unfinished sequences of these requests wait, in order."""
+        self.pool.reset()
+        self.running.clear()
+        self.waiting.clear()
+        for request in requests:
+            request.forked = any(sequence.completion.token_ids for sequence in request.sequences)
+            for sequence in request.sequences:
+                sequence.block_table, sequence.num_computed_tokens = [], 0
+            self.waiting.extend(request.unfinished if request.forked else request.unfinished[:1])
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of its queue and free its blocks."""
@@ -214,7 +242,7 @@ class Scheduler:
         if sequence.completion.index > 0 or request.forked:
             return []
         request.forked = True
-        siblings = [sibling for sibling in request.sequences[1:] if not sibling.finished]
+        siblings = [sibling for sibling in request.unfinished if sibling is not sequence]
         num_started = max(0, self.max_num_seqs - len(self.running))
         for sibling in siblings[:num_started]:
             self.pool.share(sequence.block_table)

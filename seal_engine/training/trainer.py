@@ -5,7 +5,8 @@ one stream, each adapter's tokens together.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -48,6 +49,8 @@ class Trainer:
         self._results: dict[int, TrainResult] = {}
         self._free_states: list[Tensor] = []  # gradients and moments of jobs that have left, all of one size
         self._pending: list[tuple[list[JobState], list[JobState], Tensor, Tensor | None]] = []
+        # (job, loss of its part of a pass, gradient norm if that ended an optimizer step). loss None: its end is due.
+        self._events: list[tuple[JobState, float | None, float | None]] = []
         self._submitted = 0
 
     def submit(self, job: TrainJob) -> int:
@@ -59,7 +62,7 @@ class Trainer:
     @property
     def busy(self) -> bool:
         """True while a job is waiting or resident."""
-        return bool(self._waiting or self._resident or self._pending)
+        return bool(self._waiting or self._resident or self._pending or self._events)
 
     @property
     def num_resident(self) -> int:
@@ -98,7 +101,11 @@ class Trainer:
         Resident jobs go first, those that were left out of the last pass before the others. While the pass has room,
         waiting jobs are admitted one at a time; the first that does not fit is resident and goes first in the next
         pass. So no job is skipped for a smaller one, and hardly any memory lies idle.
+
+        A step happens whole or not at all; a job that an exception leaves half-way fails, and the others go on.
         """
+        for state in [state for state in self._resident if state.job_id in self._results]:
+            self._release(state)  # an interrupt came between its result and this
         self._collect_losses()
         chosen: list[JobState] = []
         num_tokens = 0
@@ -136,39 +143,70 @@ class Trainer:
             weights.append(state.next.weight)
         logprobs = target_logprobs(self.model, batches, self.recompute)
         losses = torch.stack([-own.sum() * weight for own, weight in zip(logprobs, weights, strict=True)])
-        losses.sum().backward()
-        stepping = [state for state in chosen if state.next is not None and state.next.ends_step]
-        norms = advance_adapters([(state.adapter, state.adam()) for state in stepping]) if stepping else None
-        self._pending.append((chosen, stepping, losses.detach(), norms))
-        for state in chosen:
-            state.advance()
+        with self._whole_or_failed(chosen):
+            losses.sum().backward()
+            stepping = [state for state in chosen if state.next is not None and state.next.ends_step]
+            norms = advance_adapters([(state.adapter, state.adam()) for state in stepping]) if stepping else None
+            for state in chosen:
+                state.advance()
+            self._pending.append((chosen, stepping, losses.detach(), norms))
+
+    @contextmanager
+    def _whole_or_failed(self, states: Sequence[JobState]) -> Iterator[None]:
+        """An exception in the block, Ctrl-C too, fails the jobs that it leaves half-way; other jobs go on."""
+        try:
+            yield
+        except BaseException as error:
+            for state in states:
+                if state.job_id not in self._results:
+                    self._fail(
+                        state, f"step {len(state.losses)}: interrupted by {type(error).__name__} {error}".strip()
+                    )
+            raise
 
     def _collect_losses(self) -> None:
-        """Read the losses and norms of passes that have been made: on a GPU, while it computes the next pass."""
-        pending, self._pending = self._pending, []
-        for chosen, stepping, losses, norms in pending:
-            for state, loss in zip(chosen, losses.tolist(), strict=True):
-                state.step_loss += loss
-            for state, norm in zip(stepping, norms.tolist() if norms is not None else [], strict=True):
-                if state.job_id not in self._results:  # neither cancelled nor failed in an earlier pass
-                    self._end_optimizer_step(state, norm)
+        """Read the losses and norms of passes that have been made: on a GPU, while it computes the next pass.
 
-    def _end_optimizer_step(self, state: JobState, norm: float) -> None:
-        """Record the loss of an optimizer step; end the job, fail it, or save its checkpoint where that is due."""
+        An exception, of the callback for example, loses nothing: what is not recorded yet is recorded by the next call.
+        """
+        while self._pending:
+            chosen, stepping, losses, norms = self._pending[0]
+            norm_of = dict(zip(stepping, norms.tolist() if norms is not None else [], strict=True))
+            events = [(state, loss, norm_of.get(state)) for state, loss in zip(chosen, losses.tolist(), strict=True)]
+            self._pending, self._events = self._pending[1:], [*self._events, *events]
+        while self._events:
+            state, loss, norm = self._events[0]
+            if state.job_id in self._results:  # cancelled, or failed in an earlier pass
+                self._events = self._events[1:]
+            elif loss is None:
+                self._events = self._events[1:]
+                with self._whole_or_failed([state]):
+                    self._end_optimizer_step(state)
+            else:
+                with self._whole_or_failed([state]):
+                    self._events = self._events[1:]
+                    state.step_loss += loss
+                    counts = norm is not None and self._record_loss(state, norm)
+                if counts and self.callback is not None:
+                    self.callback(state.job_id, len(state.losses), state.losses[-1])
+
+    def _record_loss(self, state: JobState, norm: float) -> bool:
+        """Record the loss of an optimizer step, or fail the job that diverged; returns whether the loss is recorded."""
         loss, state.step_loss = state.step_loss, 0.0
         for what, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 self._fail(state, f"step {len(state.losses)}: the {what} is {value}; the adapter diverged")
-                return
+                return False
         state.losses.append(loss)
-        if self.callback is not None:
-            self.callback(state.job_id, len(state.losses), loss)
-            if state.job_id in self._results:
-                return  # cancelled in the callback
+        self._events = [(state, None, None), *self._events]  # its end is due, after the callback
+        return True
+
+    def _end_optimizer_step(self, state: JobState) -> None:
+        """End the job, or save its checkpoint, where that is due."""
         if state.next is None and len(state.losses) == state.total_steps:
-            self._release(state)
             result = TrainResult(state.adapter, state.losses, len(state.losses), num_tokens=state.num_tokens)
             self._results[state.job_id] = result
+            self._release(state)
         elif state.job.checkpoint_dir is not None and len(state.losses) % state.job.checkpoint_every == 0:
             try:
                 save_checkpoint(state)
@@ -177,14 +215,14 @@ class Trainer:
 
     def _release(self, state: JobState) -> None:
         """The job's gradients and moments become the next job's: fresh memory costs a CPU more than zeroing it does."""
-        self._resident.remove(state)
+        self._resident = [resident for resident in self._resident if resident is not state]
         memory = state.adapter.release_optimizer_state()
         if memory is not None:
             self._free_states.append(memory)
 
     def _fail(self, state: JobState, error: str) -> None:
-        self._release(state)
         self._results[state.job_id] = TrainResult(None, state.losses, len(state.losses), error, state.num_tokens)
+        self._release(state)
 
     def _admit(self) -> JobState | None:
         """Make the next waiting job that can be trained resident; None if there is none or no memory for it."""
@@ -197,8 +235,7 @@ class Trainer:
                 self._results[job_id] = TrainResult(None, [], 0, str(error))
                 continue
             if state is not None:
-                self._waiting.pop(0)
-                self._resident.append(state)
+                self._waiting, self._resident = self._waiting[1:], [*self._resident, state]
             return state
         return None
 
