@@ -7,6 +7,7 @@ that could not be graded. It is no wrong answer: it is left out of every mean, c
 import logging
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -24,13 +25,30 @@ TEMPLATE = Path(__file__).parents[1] / "templates" / "grade.txt"
 PLACEHOLDER = re.compile(r"\{(?:question|answer|prediction)\}")
 VERDICT_TOKENS = 8  # of a model that grades: "yes" with what may stand around it
 NEITHER = "neither yes nor no"
-WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Dashes and quotes that typesetters use, and their ASCII twins.
+TWINS = str.maketrans(
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+    "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033"
+    "\u2018\u2019\u201a\u201b\u2032\u02bc`",
+    "-" * 7 + '"' * 7 + "'" * 7,
+)
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# Punctuation that is part of a number (1.5, .5, 10:30, 1/2, 1914-1918, a sign), or else the punctuation to take out.
+PUNCTUATION = re.compile(
+    rf"(?<=\d)[-.,:/](?=\d)|(?<!\w)\.(?=\d)|(?<!\S)-(?=\.?\d)|(?P<out>[{re.escape(string.punctuation)}])"
+)
+VERDICT = re.compile(r"\W*(?:(yes)\b(?!.*\bno\b)|no(?=\W*$|[^\w\s])(?!.*\byes\b))", re.IGNORECASE)
 log = logging.getLogger("seal_engine")
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normal form: lower case, without ASCII punctuation and the words a, an, the; single spaces."""
-    plain = text.lower().translate(WITHOUT_PUNCTUATION)
+    """SQuAD's normal form: lower case, without punctuation and the words a, an, the; single spaces.
+
+    Unlike SQuAD's own evaluation, it keeps the punctuation inside of numbers (1.5 million is not 15 million), and takes
+    typographic dashes and quotes and decomposed accents for the same as their plain twins.
+    """
+    twin = unicodedata.normalize("NFC", text).lower().translate(TWINS)
+    plain = PUNCTUATION.sub(lambda match: "" if match["out"] else match[0], THOUSANDS.sub("", twin))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
@@ -73,10 +91,13 @@ def grade_prompt(template: str, question: str, gold: str, prediction: str) -> st
 
 
 def parse_verdict(text: str) -> float | None:
-    """1.0 for yes and 0.0 for no, if that is all there is on the first line that is not blank; None otherwise."""
+    """1.0 if the first line that is not blank begins with yes, 0.0 if it begins with no; None otherwise, or with both.
+
+    A "no" is followed by punctuation or by nothing: "no one" is no verdict.
+    """
     lines = text.strip().splitlines()
-    word = lines[0].strip(string.punctuation + string.whitespace).lower() if lines else ""
-    return {"yes": 1.0, "no": 0.0}.get(word)
+    match = VERDICT.match(lines[0]) if lines else None
+    return None if match is None else float(match[1] is not None)
 
 
 def make_grader(
@@ -84,17 +105,19 @@ def make_grader(
     engine: Engine | None = None,
     endpoint: Endpoint | None = None,
     template: str | None = None,
+    chat: bool = False,
 ) -> Grader:
     """A grader: "exact", "contains", "model" (which needs an engine) or "endpoint" (which needs one).
 
-    template: what the last two ask (see `check_template`). Raises InputError for what is missing or unknown.
+    template: what the last two ask (see `check_template`). chat: the model is asked by a user's turn of its chat
+    template. Raises InputError for what is missing or unknown.
     """
     require(name in GRADERS, "grader", name, f"one of {list(GRADERS)}")
     text = check_template(template)
     if name == "model":
         if not isinstance(engine, Engine):
             raise InputError(f"engine: found {show(engine)}; accepted: an Engine, for the grader 'model'")
-        return partial(_grade_by_model, engine, text)
+        return partial(_grade_by_model, engine, text, chat)
     if name == "endpoint":
         if not isinstance(endpoint, Endpoint):
             raise InputError(f"endpoint: found {show(endpoint)}; accepted: an Endpoint, for the grader 'endpoint'")
@@ -103,10 +126,16 @@ def make_grader(
     return lambda triples: [compare(prediction, gold) for _, gold, prediction in triples]
 
 
-def _grade_by_model(engine: Engine, template: str, triples: list[tuple[str, str, str]]) -> list[float | None]:
+def _grade_by_model(
+    engine: Engine, template: str, chat: bool, triples: list[tuple[str, str, str]]
+) -> list[float | None]:
     """Grades by the base model, greedily."""
     params = SamplingParams(temperature=0, max_tokens=VERDICT_TOKENS)
-    outputs = engine.generate([grade_prompt(template, *triple) for triple in triples], params, progress=False)
+    prompts: list[str | list[int]] = [grade_prompt(template, *triple) for triple in triples]
+    if chat:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = [engine.tokenizer.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    outputs = engine.generate(prompts, params, progress=False)
     verdicts = [parse_verdict(out.outputs[0].text) if out.error is None else None for out in outputs]
     failed = Counter(out.error for out in outputs if out.error is not None)
     _log_ungraded(verdicts, failed)

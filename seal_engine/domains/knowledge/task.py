@@ -141,7 +141,7 @@ class Knowledge:
         if endpoint is not None:
             read_key(endpoint.key_variable)  # a key that is not there is missed now
         self.grader: Grader = make_grader(
-            config.grader, engine, endpoint, read_template(config.grade_template, "grade.txt")
+            config.grader, engine, endpoint, read_template(config.grade_template, "grade.txt"), config.chat
         )
         self._sources: dict[str, SelfEditSource] = {}
         if config.self_edits_file:
