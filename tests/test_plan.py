@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 
+import seal_engine.plan
 from seal_engine import InputError, LoraConfig
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.config import ModelConfig
 from seal_engine.plan import HEADROOM, RECOMPUTE, activation_bytes, make_plan
+from seal_kernels.cross_entropy import CHUNK_BYTES
 
 GIB = 2**30
 QWEN_7B = ModelConfig.from_dict({
@@ -25,8 +27,17 @@ MEASURED = {
     "num_hidden_layers": 16, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
-PEAK = """
-import sys, torch
+TOKENS = 1024
+SHRUNK_CHUNK = CHUNK_BYTES // 4  # a chunk of logits that stands to TOKENS as the whole one stands to 4096
+CASES = {
+    "nothing recomputed, all projections": ("none", "all-linear"),
+    "nothing recomputed, two projections": ("none", ("q_proj", "v_proj")),
+    "MLP recomputed, all projections": ("mlp", "all-linear"),
+    "layers recomputed, two projections": ("layer", ("q_proj", "v_proj")),
+}
+PEAKS = """
+import torch
+import seal_kernels.cross_entropy
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.transformer import Model
@@ -36,44 +47,53 @@ from seal_engine.types import LoraConfig
 def kib(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
 
+seal_kernels.cross_entropy.CHUNK_BYTES = {chunk}
 config = ModelConfig.from_dict({config})
 model = Model(config, torch.float32, torch.device("cpu"))
 for _, tensor in model.named_tensors():
     tensor.normal_(0, 0.02)
-adapter = Adapter.create(config, LoraConfig(r=8, target_modules={targets!r}), model.device)
-adapter.allocate_optimizer_state()
-for count in (1, {count}):  # the first loads what a first pass loads
-    before = kib("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-    ids = [[(7 * i + j) % 8000 for j in range(64)] for i in range(count)]
-    work = AdapterBatch(adapter, ids, [[False] + [True] * 63] * count)
-    target_logprobs(model, [work], {recompute!r})[0].sum().backward()
-print((kib("VmHWM") - before) * 1024)
+for recompute, targets in {cases}:
+    adapter = Adapter.create(config, LoraConfig(r=8, target_modules=targets), model.device)
+    adapter.allocate_optimizer_state()
+    for count in (1, {count}):  # the first loads what a first pass loads
+        before = kib("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+        ids = [[(7 * i + j) % 8000 for j in range(64)] for i in range(count)]
+        work = AdapterBatch(adapter, ids, [[False] + [True] * 63] * count)
+        target_logprobs(model, [work], recompute)[0].sum().backward()
+    print((kib("VmHWM") - before) * 1024)
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(
-    ("recompute", "targets"),
-    [("none", "all-linear"), ("none", ("q_proj", "v_proj")), ("mlp", "all-linear"), ("layer", ("q_proj", "v_proj"))],
-)
-def test_activations_are_as_large_as_planned(recompute, targets):
-    """Measured as the growth of resident memory in one forward and backward of 4096 tokens, at 0.9 to 1.6 times.
-
-    A plan below the measurement runs out of memory, and HEADROOM leaves a tenth for that. One above it is waste, which
-    is largest with "layer": all of a layer's tensors count as if they were alive together, and the chunk of logits
-    counts as CHUNK_BYTES, of which a CPU writes half (no second, 16-bit buffer).
-    """
-    code = PEAK.format(config=MEASURED, targets=targets, count=64, recompute=recompute)
+@pytest.fixture(scope="module")
+def peaks():
+    """Bytes by which resident memory grows in one forward and backward, by case: one process measures them all."""
+    cases = list(CASES.values())
+    code = PEAKS.format(config=MEASURED, chunk=SHRUNK_CHUNK, cases=cases, count=TOKENS // 64)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
     }  # fmt: skip
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
+    return dict(zip(CASES, map(int, result.stdout.split()), strict=True))
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from /proc")
+@pytest.mark.xdist_group("peaks")
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_as_large_as_planned(case, peaks, monkeypatch):
+    """Measured as the growth of resident memory in one forward and backward of 1024 tokens, at 0.9 to 1.6 times.
+
+    A plan below the measurement runs out of memory, and HEADROOM leaves a tenth for that. One above it is waste, which
+    is largest with "layer": all of a layer's tensors count as if they were alive together, and the chunk of logits
+    counts as CHUNK_BYTES, of which a CPU writes half (no second, 16-bit buffer).
+    """
+    recompute, targets = CASES[case]
+    monkeypatch.setattr(seal_engine.plan, "CHUNK_BYTES", SHRUNK_CHUNK)
     config = ModelConfig.from_dict(MEASURED)
     layout = adapter_layout(config, LoraConfig(r=8, target_modules=targets))
-    planned = activation_bytes(config, layout, 4096, 4, recompute)
-    assert 0.9 <= planned / int(result.stdout) <= 1.6
+    planned = activation_bytes(config, layout, TOKENS, 4, recompute)
+    assert 0.9 <= planned / peaks[case] <= 1.6
 
 
 def test_qwen_7b_on_139_gib():
