@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from command import run_command
+from learning import learn_with_control
 from seal_engine import runs
 from seal_engine.cli.main import main
 from seal_engine.domains.knowledge.seal_files import read_passages, read_result
@@ -23,18 +24,10 @@ SMALL = {"contexts": 4, "held_out_contexts": 3, "self_edits": 2, "rounds": 1}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 
-def start(directory, **settings):
-    runs.start("miniature", settings, directory, lambda line: None, progress=False)
-    with Ledger.read(directory) as ledger:
-        return ledger.snapshot(), {row.name: row.mean for row in runs.rows(ledger)}
-
-
 def test_the_policy_learns_from_rewards_and_from_nothing_else(tmp_path):
     """One round of the demo's size; the control selects by the rewards of other self-edits."""
-    _, found = start(tmp_path / "run", rounds=1)
-    _, blind = start(tmp_path / "blind", rounds=1, shuffle_rewards=True)
+    found, blind = learn_with_control("miniature", tmp_path)
     before, after = found["self-edits, before any round"], found["self-edits, after round 1"]
-    assert before == blind["self-edits, before any round"]
     assert after >= before + 0.2
     assert blind["self-edits, after round 1"] <= before + 0.15
     assert after > found["passage only, 5 times"]
@@ -80,7 +73,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
         process.wait()
     assert run_command(*command, tmp_path / "run").wait() == 0
     with Ledger.read(tmp_path / "run") as ledger, Ledger.read(tmp_path / "whole") as whole:
-        assert ledger.snapshot() == whole.contents()
+        assert ledger.snapshot() == whole.snapshot()
     adapters = [tmp_path / name / "policies/seed-0-round-2/adapter_model.safetensors" for name in ("run", "whole")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
@@ -152,7 +145,7 @@ def test_no_two_settings_share_a_name():
         (["run", "miniature", "--contexts", "1000", "--out", "OUT"], "contexts: found 1000; accepted: at most"),
         (["run", "miniature", "--held-out-contexts", "10000", "--out", "OUT"], "held_out_contexts: found 10000"),
         (["run", "miniature", "--data", __file__, "--out", "OUT"], "data: found"),
-        (["run", "miniature", "--writer", "nobody", "--out", "OUT"], "writer: found 'nobody'"),
+        (["run", "miniature", "--writer", "nobody", "--out", "OUT"], "self_edit_source: found 'nobody'"),
         (["run", "miniature", "--grader", "model", "--out", "OUT"], "grader: found 'model'"),
         (["run", "miniature", "--chat", "--out", "OUT"], "chat_template"),
         (["run", "miniature", "--targets", "nonsense", "--out", "OUT"], "nonsense"),
@@ -214,4 +207,4 @@ def test_real_passages(tmp_path):
 def test_a_run_directory_that_is_something_else(tmp_path):
     (tmp_path / "letter.txt").write_text("dear reader")
     with pytest.raises(InputError, match=r"found str 'letter\.txt'"):
-        start(tmp_path, **SMALL)
+        runs.start("miniature", SMALL, tmp_path, lambda line: None, progress=False)

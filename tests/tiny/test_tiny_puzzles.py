@@ -1,9 +1,11 @@
 """The few-shot loop with the shipped puzzle miniature: it learns from rewards, and its page shows puzzles."""
 
+import shutil
 import sys
 
 import pytest
 
+from learning import learn_with_control
 from seal_engine import Engine, runs
 from seal_engine.cli.main import main
 from seal_engine.domains.few_shot.arc import Example, Task
@@ -11,44 +13,59 @@ from seal_engine.domains.few_shot.puzzle_picture import OF_EACH, Answered, choos
 from seal_engine.domains.few_shot.task import FewShotConfig
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.settings import make
-from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
+from seal_engine.tiny import puzzle_demo
 from seal_engine.tiny.puzzles import PUZZLE_MODEL
 
 SMALL = ["--contexts=4", "--self-edits=3", "--rounds=1", "--keep-reward=0"]
 GRID = ((1, 2), (3, 4))
+SHARED = pytest.mark.xdist_group("small puzzle run")  # one worker makes the run that these tests read
 
 
-def start(directory, **settings):
-    runs.start("puzzle-miniature", settings, directory, lambda line: None, progress=False)
-    with Ledger.read(directory) as ledger:
-        return {row.name: row.mean for row in runs.rows(ledger)}
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out_puzzles():
+    """A third of the held-out puzzles: enough for the pictures, and to tell the baselines apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(puzzle_demo, "HELD_OUT_PUZZLES", 8)
+        yield
 
 
-def test_the_policy_learns_from_rewards_and_from_nothing_else(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a small run that the command has finished."""
+    directory = tmp_path_factory.mktemp("puzzles") / "run"
+    assert main(["run", "puzzle-miniature", "--out", str(directory), *SMALL, "--quiet"]) == 0
+    return directory
+
+
+def test_the_policy_learns_from_rewards_and_from_nothing_else(tmp_path, monkeypatch):
     """One round of the demo's size, measured on more; the control selects by the rewards of other self-edits."""
-    settings = {"rounds": 1, "held_out_self_edits": 3}
-    found, blind = start(tmp_path / "run", **settings), start(tmp_path / "blind", **settings, shuffle_rewards=True)
+    monkeypatch.setattr(puzzle_demo, "HELD_OUT_PUZZLES", 24)
+    found, blind = learn_with_control("puzzle-miniature", tmp_path, baselines=False, held_out_self_edits=2)
     before, after = found["self-edits, before any round"], found["self-edits, after round 1"]
-    assert before == blind["self-edits, before any round"]
     assert after >= before + 0.1
     assert after > blind["self-edits, after round 1"]
+
+
+@SHARED
+def test_the_choice_of_a_directive_matters(finished):
+    with Ledger.read(finished) as ledger:
+        found = {row.name: row.mean for row in runs.rows(ledger)}
     assert found["best of two directives (oracle)"] > found["fixed directive"] > found["in context"]
 
 
-def test_a_small_run(tmp_path, capsys):
+@SHARED
+def test_a_small_run(finished):
     """Its page shows puzzles; the same command again changes nothing; the choice shown is what the ledger says."""
-    command = ["run", "puzzle-miniature", "--out", str(tmp_path / "run"), *SMALL, "--quiet"]
-    assert main(command) == 0
-    page = (tmp_path / "run/report.html").read_bytes()
+    page = (finished / "report.html").read_bytes()
     assert b"Held-out puzzles with the answers" in page
-    picture = (tmp_path / "run/puzzles.png").read_bytes()
+    picture = (finished / "puzzles.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert main(command) == 0
-    assert (tmp_path / "run/report.html").read_bytes() == page
-    assert (tmp_path / "run/puzzles.png").read_bytes() == picture
+    assert main(["run", "puzzle-miniature", "--out", str(finished), *SMALL, "--quiet"]) == 0
+    assert (finished / "report.html").read_bytes() == page
+    assert (finished / "puzzles.png").read_bytes() == picture
     engine = Engine.from_pretrained(PUZZLE_MODEL, device="cpu", dtype="float32")
-    domain = make_puzzle_miniature(make(FewShotConfig, PUZZLE_MINIATURE), engine)
-    with Ledger.read(tmp_path / "run") as ledger:
+    domain = puzzle_demo.make_puzzle_miniature(make(FewShotConfig, puzzle_demo.PUZZLE_MINIATURE), engine)
+    with Ledger.read(finished) as ledger:
         chosen = choose(domain, ledger)
         trials = {t.context: t for t in ledger.trials(0, "evaluation 1, self-edits")}
     assert 0 < len(chosen) <= 4 * OF_EACH
@@ -70,11 +87,13 @@ def test_grids_of_all_kinds_are_drawn():
     assert draw(puzzles[:1]) != draw([Answered(puzzles[0].task, {"in context": GRID[::-1]})])
 
 
-def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
+@SHARED
+def test_without_matplotlib_there_is_no_picture(finished, tmp_path, monkeypatch):
+    """The last thing that a run does, done again without matplotlib."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "seal_engine.report.plots", raising=False)
-    command = ["run", "puzzle-miniature", "--out", str(tmp_path / "run"), *SMALL, "--rounds=0", "--quiet"]
-    assert main(command) == 0
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("*.png", "report.html"))
+    assert main(["run", "puzzle-miniature", "--out", str(tmp_path / "run"), *SMALL, "--quiet"]) == 0
     assert not (tmp_path / "run/puzzles.png").exists()
     assert "matplotlib is not installed" in (tmp_path / "run/report.html").read_text()
 
