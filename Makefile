@@ -2,8 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints.txt
-RUNTIME := .venv/.runtime
-DEVELOPMENT := .venv/.development
+RUNTIME := .venv/.installed
+DEVELOPMENT := .venv/.dev
 
 .PHONY: demo test smoke check lint bench clean
 

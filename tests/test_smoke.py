@@ -1,4 +1,4 @@
-"""Each part of the engine once, in half a minute (`make smoke`): a first look at a change, not in place of the tests."""
+"""Each part of the engine once, in seconds (`make smoke`): a first look at a change, not in place of the tests."""
 
 from dataclasses import replace
 

@@ -38,9 +38,10 @@ def finished(tmp_path_factory):
 
 
 def test_the_policy_learns_from_rewards_and_from_nothing_else(tmp_path, monkeypatch):
-    """One round of the demo's size, measured on more; the control selects by the rewards of other self-edits."""
+    """One round of two thirds of the demo's size, measured on twice as much; the control selects by others' rewards."""
     monkeypatch.setattr(puzzle_demo, "HELD_OUT_PUZZLES", 24)
-    found, blind = learn_with_control("puzzle-miniature", tmp_path, baselines=False, held_out_self_edits=2)
+    settings = {"self_edits": 4, "keep_fraction": 0.2, "held_out_self_edits": 2}
+    found, blind = learn_with_control("puzzle-miniature", tmp_path, baselines=False, **settings)
     before, after = found["self-edits, before any round"], found["self-edits, after round 1"]
     assert after >= before + 0.1
     assert after > blind["self-edits, after round 1"]
