@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from seal_engine.domains.few_shot.puzzle_picture import write_puzzles
+from seal_engine.domains.few_shot.submission import write_submission
 from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.domains.knowledge.seal_files import write_result, write_sft
 from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
@@ -76,10 +77,16 @@ def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
         write_sft(ledger.directory / f"{name}-kept.jsonl", kept)
 
 
+def write_arc_files(domain: FewShot, ledger: Ledger) -> None:
+    """The picture of some puzzles, and ARC's submission file."""
+    write_puzzles(domain, ledger)
+    write_submission(domain, ledger)
+
+
 TASKS = {
     "knowledge": Task(KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them"),
     "few-shot": Task(
-        FewShotConfig, FewShot, write_puzzles, PUBLISHED,
+        FewShotConfig, FewShot, write_arc_files, PUBLISHED,
         "learn to solve puzzles (ARC): self-edits choose augmentations and hyper-parameters",
     ),
     "miniature": Task(
@@ -87,7 +94,7 @@ TASKS = {
         "knowledge with the shipped model, in a small world of invented people",
     ),
     "puzzle-miniature": Task(
-        FewShotConfig, make_puzzle_miniature, write_puzzles, PUZZLE_MINIATURE,
+        FewShotConfig, make_puzzle_miniature, write_arc_files, PUZZLE_MINIATURE,
         "few-shot with the shipped model, on small puzzles of its own",
     ),
 }  # fmt: skip

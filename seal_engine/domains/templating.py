@@ -8,6 +8,7 @@ from seal_engine.files import read_text
 from seal_engine.types import InputError, require
 
 TEMPLATES = Path(__file__).parent / "templates"
+FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 
 def read_template(path: str, shipped: str, *needed: str) -> str:
@@ -21,6 +22,13 @@ def read_template(path: str, shipped: str, *needed: str) -> str:
     for name in needed:
         require(f"{{{name}}}" in text, path or shipped, f"no {{{name}}}", f"a template with {{{name}}}")
     return text.removesuffix("\n")
+
+
+def strip_fence(text: str) -> str:
+    """The text without white space around it and without the Markdown fence around all of it, if there is one."""
+    stripped = text.strip()
+    fenced = FENCE.fullmatch(stripped)
+    return fenced[1].strip() if fenced else stripped
 
 
 def fill(template: str, values: Mapping[str, object]) -> str:

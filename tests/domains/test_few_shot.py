@@ -110,7 +110,62 @@ def test_sources():
     assert few_shot().sources() == {}
 
 
-def test_puzzles_need_solutions():
+def test_puzzles_to_learn_from_need_solutions():
     unsolved = Task("open", TASK.train, (Example(GRIDS[0], None),))
     with pytest.raises(InputError, match="open: solutions: found 'a test without one'"):
         FewShot(FewShotConfig(), ENGINE, [unsolved], [])
+
+
+def test_held_out_puzzles_without_solutions_are_answered_but_not_graded():
+    """As ARC's own test files are. What has no output has no grade; None would count as a grade that is missing."""
+    half = Task("half", TASK.train, (EXAMPLES[3], Example(GRIDS[4], None)))
+    domain = FewShot(FewShotConfig(), ENGINE, [TASK], [half])
+    answers = [domain.form.answer(EXAMPLES[3].output)] * len(domain.questions("held out half"))
+    (grades,) = domain.grade([("held out half", answers)])
+    assert len(grades) == 1
+
+
+@pytest.mark.parametrize("wrap", ["{}", "```json\n{}\n```", "```\n{}\n```\n"])
+def test_an_answer_in_a_fence_or_another_spelling_of_json_counts(wrap):
+    domain = few_shot()
+    text = wrap.format("[[2,1],[4,3]]")
+    assert domain.form.read_answer(text) == ((2, 1), (4, 3))
+    queries = domain.queries(CONTEXT)[0]
+    assert domain.attempts(CONTEXT, [text] * len(domain.questions(CONTEXT)))[0]
+    assert queries[0].prediction(domain.form.read_answer(text)) == ((2, 1), (4, 3))
+
+
+def test_a_stop_text_inside_of_grids_is_an_error(tmp_path):
+    """It would cut every answer after its first row, so that none could be right."""
+    template = tmp_path / "grid.txt"
+    template.write_text("0 1\n2 3")
+    with pytest.raises(
+        InputError, match=r"answer_stop: found '\\n'; accepted: a text that is not part of a grid such as"
+    ):
+        few_shot(grid_template=str(template))
+    assert few_shot(grid_template=str(template), answer_stop="\n\n").answer_params.stops == ["\n\n"]
+    assert few_shot().answer_params.stops == ["\n"]
+    assert few_shot(chat=True).answer_params.stops == []  # the end of the turn stops it
+
+
+def test_questions_longer_than_the_model_are_said(caplog):
+    engine = SimpleNamespace(tokenizer=ENGINE.tokenizer, config=SimpleNamespace(max_position_embeddings=200))
+    domain = FewShot(FewShotConfig(answer_tokens=180), engine, [TASK], [])
+    assert domain.questions(CONTEXT) == []
+    assert caplog.messages[0].startswith(
+        f"{CONTEXT}: test 0 does not fit the model's 200 tokens with 180 for the answer"
+    )
+    assert len(caplog.messages) == 2
+
+
+def test_training_tasks_longer_than_the_model_are_left_out_and_said(caplog):
+    """Six of twelve fit, as with a real puzzle of 4,096 tokens: one that does not once failed the whole adapter."""
+    wide = Example(((1,) * 25,) * 4, ((2,) * 25,) * 4)
+    task = Task("wide", (*EXAMPLES[:2], wide), (EXAMPLES[3],))
+    lengths = sorted(
+        len(s.token_ids) for s in FewShot(FewShotConfig(), ENGINE, [task], []).job("train wide", directive()).sequences
+    )
+    engine = SimpleNamespace(tokenizer=ENGINE.tokenizer, config=SimpleNamespace(max_position_embeddings=lengths[5]))
+    job = FewShot(FewShotConfig(), engine, [task], []).job("train wide", directive())
+    assert sorted(len(s.token_ids) for s in job.sequences) == [n for n in lengths if n <= lengths[5]]
+    assert caplog.messages[-1].endswith(f"training tasks are left out: longer than {lengths[5]} tokens")

@@ -31,7 +31,11 @@ def passage(i, questions=2):
 SEAL = Path(__file__).parents[3] / "shared/data/seal"
 PASSAGES = [passage(i) for i in range(6)]
 ENGINE = SimpleNamespace(
-    tokenizer=SimpleNamespace(apply_chat_template=lambda turns, add_generation_prompt: [turns, add_generation_prompt])
+    tokenizer=SimpleNamespace(
+        apply_chat_template=lambda turns, add_generation_prompt: [turns, add_generation_prompt],
+        encode=lambda text: text.split(" "),
+    ),
+    config=SimpleNamespace(max_position_embeddings=4096),
 )
 
 
@@ -52,6 +56,18 @@ def data_file(directory, passages, name="data.json"):
     file = directory / name
     file.write_text(json.dumps(records))
     return str(file)
+
+
+def test_sequences_longer_than_the_model_are_left_out_and_said(caplog):
+    """One of them failed the whole adapter; the others teach. With none left, the self-edit is invalid."""
+    engine = SimpleNamespace(tokenizer=ENGINE.tokenizer, config=SimpleNamespace(max_position_embeddings=20))
+    domain, context = knowledge(engine), "train 0001 Title 1"
+    long = "word " * 30
+    job = domain.job(context, f"short\n{long}\nlast")
+    assert job.sequences == ["Title 1\nshort", "Title 1\nlast", f"Title 1\n{PASSAGES[1].context}"]
+    assert caplog.messages == [f"{context}: 1 training sequences are left out: longer than 20 tokens"]
+    with pytest.raises(InvalidSelfEditError, match="no training sequence of at most 20 tokens"):
+        knowledge(engine, with_passage=False).job(context, long)
 
 
 def test_names_are_unique_where_titles_are_not():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_engine.domains.knowledge.passages import Record, read_document, refuse
-from seal_engine.files import show
+from seal_engine.files import show, strict_json
 from seal_engine.types import InputError, is_integer
 
 Grid = tuple[tuple[int, ...], ...]  # rows of colours, all of one length
@@ -142,6 +142,13 @@ class GridTextError(ValueError):
     """A text that is not a grid's; the message says why."""
 
 
+def _json_grid(text: str) -> Grid | None:
+    try:
+        return check_grid(strict_json(text), "grid")
+    except (ValueError, RecursionError):  # InputError, too
+        return None
+
+
 class GridText:
     """Grids as text, in the way in which `template` writes the grid of the rows 0 1 and 2 3."""
 
@@ -151,6 +158,7 @@ class GridText:
         if parts is None or parts[2] != parts[4]:
             refuse("grid template", template, "how the rows 0 1 and 2 3 are written, such as [[0, 1], [2, 3]]")
         self.start, self.cell, self.row, _, self.end = parts.groups()
+        self.is_json = _json_grid(template) is not None
         for grid in (((0, 1), (2, 3)), ((0, 1, 2),), ((0,), (1,), (2,))):
             try:
                 read = self.read(self.write(grid))
@@ -164,7 +172,9 @@ class GridText:
         return self.start + self.row.join(self.cell.join(map(str, row)) for row in grid) + self.end
 
     def read(self, text: str) -> Grid:
-        """The grid whose text it is. GridTextError with the reason for any other text, to the last space."""
+        """The grid whose text it is, or, where the template is JSON, any spelling of that JSON. GridTextError else."""
+        if self.is_json and (grid := _json_grid(text)) is not None:
+            return grid
         rows = text.removeprefix(self.start).removesuffix(self.end).split(self.row)
         cells = [row.split(self.cell) if self.cell else list(row) for row in rows]
         digits = all(cell in DIGITS for row in cells for cell in row)

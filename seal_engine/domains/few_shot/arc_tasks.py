@@ -27,7 +27,7 @@ from seal_engine.domains.few_shot.augmentations import (
     random_translation,
 )
 from seal_engine.domains.few_shot.directive import Directive
-from seal_engine.domains.templating import fill, read_template
+from seal_engine.domains.templating import fill, read_template, strip_fence
 from seal_engine.training.jobs import TrainSequence
 from seal_engine.types import InputError, require
 
@@ -142,8 +142,16 @@ class TextForm:
         return self._grids.write(grid) + self._rest + "\n"
 
     def read_answer(self, text: str) -> Grid:
-        """The grid in an answer, with or without what follows it in an example. GridTextError with the reason."""
-        return self._grids.read(text.strip().removesuffix(self._rest.strip()).strip())
+        """The grid in an answer, with or without what follows it in an example. GridTextError with the reason.
+
+        A Markdown fence around it is tolerated and, where the grid template is JSON, any spelling of that JSON.
+        """
+        return self._grids.read(strip_fence(strip_fence(text).removesuffix(self._rest.strip())))
+
+    def check_stop(self, stop: str) -> None:
+        """InputError for a stop text that is part of grids: no answer could be right."""
+        accepted = f"a text that is not part of a grid such as {self._grids.write(((0, 1), (2, 3)))!r}"
+        require(stop not in self._grids.write(((0, 1), (2, 3))), "answer_stop", stop, accepted)
 
     def demonstrations(self, task: Task) -> str:
         """The task's demonstrations."""

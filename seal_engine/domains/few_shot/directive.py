@@ -10,16 +10,15 @@ is no number, 2.0 no integer, "true" no boolean), a number that is not finite or
 """
 
 import json
-import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from seal_engine.domains.templating import strip_fence
 from seal_engine.files import show, strict_json
 from seal_engine.types import is_integer, is_number
 
 ALL_TOKENS, OUTPUT_TOKENS = STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
 MAX_EPOCHS = 375  # over two training tasks, in batches of two, this is the recipe's bound on steps
-FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 
 class DirectiveError(ValueError):
@@ -75,10 +74,8 @@ SCHEMA = {"data_generation": DATA_GENERATION, "training": TRAINING}
 
 def parse(text: str) -> Directive:
     """The directive in a self-edit. Raises NoJSONError or ChoiceError, which are DirectiveErrors."""
-    stripped = text.strip()
-    fenced = FENCE.fullmatch(stripped)
     try:
-        document = strict_json(fenced[1] if fenced else stripped)
+        document = strict_json(strip_fence(text))
     except (ValueError, RecursionError) as error:
         raise NoJSONError(f"not JSON: {error}") from None
     if not isinstance(document, dict):

@@ -5,6 +5,7 @@ is trained on the tasks that it makes of the demonstrations (see arc_tasks), ask
 answers vote (see voting).
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from seal_engine.sampling.requests import LogitsHook, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob
 from seal_engine.types import LoraConfig, is_integer, require, require_integers, setting
 
+log = logging.getLogger("seal_engine")
 # What the published recipe sets otherwise than for the knowledge task: see LoopConfig.
 PUBLISHED = {
     "contexts": 12, "self_edits": 15, "repeats": 1, "rounds": 1, "temperature": 0.8, "top_p": 1.0, "max_tokens": 128,
@@ -61,7 +63,7 @@ class FewShotConfig:
     vote_transforms: bool = setting(True, "ask the puzzle turned and flipped, too")
     attempts: int = setting(2, "grids that count as an answer: those with the most votes")
     answer_tokens: int = setting(1024, "of an answer at most")
-    answer_stop: str = setting("\n", "text that ends an answer")
+    answer_stop: str = setting("auto", "text that ends an answer; auto: a newline, in a chat the end of the turn")
     fixed_directive: str = setting("", "a directive as JSON: the baseline 'fixed directive'")
     grid_learning_rates: tuple[float, ...] = setting((), "with grid_epochs: the oracle tries all directives with these")
     grid_epochs: tuple[int, ...] = setting((), "with grid_learning_rates: the oracle tries all directives with these")
@@ -131,10 +133,9 @@ class FewShot:
         if held_out is None:
             known = bool(config.held_out_challenges)
             held_out = read_tasks(config.held_out_challenges, config.held_out_solutions or None) if known else []
-        for task in (*train, *held_out):
-            require(
-                all(test.output for test in task.tests), f"{task.name}: solutions", "a test without one", "one each"
-            )
+        for task in train:
+            solved = all(test.output for test in task.tests)
+            require(solved, f"{task.name}: solutions", "a test without one", "one for each test to learn from")
         splits = {"train": train, "held out": held_out}
         self.splits = {name: {f"{name} {task.name}": task for task in tasks} for name, tasks in splits.items()}
         self.tasks = self.splits["train"] | self.splits["held out"]
@@ -145,8 +146,12 @@ class FewShot:
             config.directive_template,
             config.chat,
         )
-        stop = config.answer_stop or None
-        self.answer_params = SamplingParams(temperature=0, max_tokens=config.answer_tokens, stop=stop)
+        stop = config.answer_stop
+        if stop == "auto":
+            stop = "" if config.chat else "\n"
+        if stop:
+            self.form.check_stop(stop)
+        self.answer_params = SamplingParams(temperature=0, max_tokens=config.answer_tokens, stop=stop or None)
         self._sources: dict[str, SelfEditSource] = {}
         self._add_directives()
         self._queries: dict[str, list[list[Query]]] = {}
@@ -179,9 +184,13 @@ class FewShot:
         except DirectiveError as error:
             raise InvalidSelfEditError(str(error), retryable=False) from None
         made = training_tasks(task, directive, leave=c.leave, recolour=c.recolour)
+        longest = min(c.max_sequence_tokens, self.engine.config.max_position_embeddings)
         sequences = self.form.sequences(
-            made, self.engine.tokenizer, directive.all_tokens, limit=c.max_tasks, max_tokens=c.max_sequence_tokens
+            made, self.engine.tokenizer, directive.all_tokens, limit=c.max_tasks, max_tokens=longest
         )
+        left_out = min(len(made), c.max_tasks) - len(sequences)
+        if left_out:
+            log.warning("%s: %d training tasks are left out: longer than %d tokens", context, left_out, longest)
         reason = skip_reason(directive, len(sequences), c.batch_size, c.max_steps)
         if reason:
             raise InvalidSelfEditError(reason, retryable=False)
@@ -197,7 +206,12 @@ class FewShot:
         c, task, longest = self.config, self.tasks[context], self.engine.config.max_position_embeddings
         fits = lambda one: len(self._ask(one)) + c.answer_tokens <= longest  # noqa: E731
         ask = partial(queries, task, leave=c.vote_leave, orders=c.vote_orders, fits=fits)
-        return [ask(test=i, transforms=TRANSFORMS if c.vote_transforms else ()) for i in range(len(task.tests))]
+        made = [ask(test=i, transforms=TRANSFORMS if c.vote_transforms else ()) for i in range(len(task.tests))]
+        for i, own in enumerate(made):
+            if not own:
+                room = f"the model's {longest} tokens with {c.answer_tokens} for the answer (answer_tokens)"
+                log.warning("%s: test %d does not fit %s: it counts as wrong", context, i, room)
+        return made
 
     def _ask(self, task: Task) -> list[int]:
         return self.form.ask(task, self.engine.tokenizer)
@@ -207,8 +221,9 @@ class FewShot:
         return [self._ask(query.task) for own in self.queries(context) for query in own]
 
     def grade(self, answered: Sequence[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
-        """For each test 1.0 if one of the grids with the most votes is its output."""
-        return [score(self.tasks[context], self.attempts(context, answers)) for context, answers in answered]
+        """For each test with a known output 1.0 if one of the grids with the most votes is it, else 0.0."""
+        scores = [score(self.tasks[context], self.attempts(context, answers)) for context, answers in answered]
+        return [[grade for grade in own if grade is not None] for own in scores]
 
     def attempts(self, context: str, answers: Sequence[str]) -> list[list[Grid]]:
         """For each test the grids that count, from the answers to `questions`."""

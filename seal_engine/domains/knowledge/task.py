@@ -171,7 +171,23 @@ class Knowledge:
         pieces = split(self_edit, passage.title, None, self.config.split_newlines)[: self.config.max_sequences or None]
         if not pieces:
             raise InvalidSelfEditError("no text to train on")
-        return self._job(passage, [*pieces, *self._passage_sequences(passage, int(self.config.with_passage))])
+        job = self._job(passage, [*pieces, *self._passage_sequences(passage, int(self.config.with_passage))])
+        longest = self.engine.config.max_position_embeddings - int(self.config.append_eos)
+        kept = [text for text in job.sequences if self._fits(str(text), longest)]
+        if len(kept) < len(job.sequences):
+            count = len(job.sequences) - len(kept)
+            log.warning("%s: %d training sequences are left out: longer than %d tokens", context, count, longest)
+        if not kept:
+            raise InvalidSelfEditError(f"no training sequence of at most {longest} tokens")
+        return replace(job, sequences=kept)
+
+    def _fits(self, text: str, longest: int) -> bool:
+        """Whether a text has at most so many tokens; a token of any tokenizer is at least a byte."""
+        special = 8  # more than a tokenizer puts around a text
+        return (
+            len(text.encode("utf-8", "replace")) + special <= longest
+            or len(self.engine.tokenizer.encode(text)) <= longest
+        )
 
     def questions(self, context: str) -> Sequence[Prompt]:
         """The passage's questions, without the passage."""
