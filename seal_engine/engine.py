@@ -3,7 +3,7 @@
 Sequences go through the model packed end to end, up to a token budget at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import count, groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from seal_engine.model.checkpoint import load_model, reload_model, save_model
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.devices import free_memory, parse_device, parse_dtype, parse_path, total_memory
 from seal_engine.model.lora_batch import LoraBatch
+from seal_engine.model.peft_config import read_peft_config
 from seal_engine.model.tokenizer import Tokenizer, read_stop_token_ids
 from seal_engine.model.transformer import Model
 from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
@@ -132,20 +133,43 @@ class Engine:
         """A new adapter on this engine's device: A as PEFT draws it, B zero. Raises InputError for a bad config."""
         return Adapter.create(self.config, lora, self.model.device, seed)
 
-    def load_adapter(self, directory: str | Path) -> Adapter:
-        """Read an adapter in PEFT's format (`Adapter.save` writes it). Raises InputError naming the file and field."""
-        return Adapter.load(parse_path(directory), self.config, self.model.device)
+    def load_adapter(
+        self, source: str | Path | Mapping[str, Tensor], config: LoraConfig | Mapping[str, Any] | None = None
+    ) -> Adapter:
+        """An adapter in PEFT's format: a directory (`Adapter.save` writes it), or tensors by PEFT's names and a config.
+
+        config: beside tensors, a LoraConfig or what adapter_config.json holds. Raises InputError naming the file or
+        argument, and the field or tensor.
+        """
+        if not isinstance(source, Mapping):
+            require(config is None, "config", config, "none beside a directory, which has its own")
+            return Adapter.load(parse_path(source), self.config, self.model.device)
+        if isinstance(config, Mapping):
+            config = read_peft_config(config, self.config, "config")
+        if not isinstance(config, LoraConfig):
+            raise InputError(f"config: found {show(config)}; accepted: a LoraConfig, or a dict of PEFT's fields")
+        return Adapter.from_tensors(source, config, self.config, self.model.device)
 
     @torch.no_grad()
     def merge(self, adapter: Adapter) -> None:
-        """Add the adapter to the base for good: W += scale (A^T B)^T, in float32, then in the base's dtype."""
+        """Add the adapter to the base for good: W += scale (A^T B)^T, in float32, then in the base's dtype.
+
+        Raises InputError, before anything is changed, where a weight would not be finite.
+        """
         if not isinstance(adapter, Adapter):
             raise InputError(f"adapter: found {show(adapter)}; accepted: an Adapter")
         adapter.check_model(self.config, "adapter")
         views = dict(self.model.named_tensors())
-        for name, a, b, scale in adapter.projections_with_scales():
-            weight = views[f"{name}.weight"]
-            weight.copy_(weight.float().addmm_(b.T, a, alpha=scale))
+
+        def merged(name: str, a: Tensor, b: Tensor, scale: float) -> Tensor:
+            return torch.addmm(views[f"{name}.weight"].float(), b.T, a, alpha=scale).to(self.model.dtype)
+
+        for projection in adapter.projections_with_scales():
+            if not merged(*projection).isfinite().all():
+                name = projection[0]
+                raise InputError(f"adapter: {name}: merged, its weight is NaN or infinite; accepted: finite sums")
+        for projection in adapter.projections_with_scales():
+            views[f"{projection[0]}.weight"].copy_(merged(*projection))
         self.model.version += 1
 
     @torch.no_grad()

@@ -25,9 +25,10 @@ def show(value: Any) -> str:
 
 
 def read_text(file: Path) -> str | None:
-    """The file's text, or None where there is no such file. InputError if it cannot be read or is not UTF-8."""
+    """The file's text without a byte order mark, or None where there is no such file. InputError if it cannot be read
+    or is not UTF-8."""
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -4,6 +4,7 @@ The flat tensor holds, layer by layer and group by group (a group: projections t
 group's adapted projections as consecutive rows, then their B.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,12 @@ def projection_sizes(config: ModelConfig) -> tuple[tuple[int, tuple[int, ...]], 
 def module_name(layer: int, group: int, projection: int) -> str:
     """Transformers' name of a projection: model.layers.0.self_attn.q_proj."""
     return f"model.layers.{layer}.{PARENTS[group]}.{GROUPS[group][projection]}"
+
+
+def projection_names(model: ModelConfig) -> tuple[str, ...]:
+    """The names of all projections that an adapter may have, layer by layer and group by group."""
+    at = itertools.product(range(model.num_hidden_layers), ProjectionGroup)
+    return tuple(module_name(layer, group, m) for layer, group in at for m in range(len(GROUPS[group])))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ copy, and memory is exactly linear in the adapters that are alive.
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seal_engine.files import complete_directory, read_json
-from seal_engine.model.adapter_layout import adapter_layout, check_pattern, module_name, projection_sizes
+from seal_engine.files import complete_directory, read_json, show
+from seal_engine.model.adapter_layout import adapter_layout, module_name, projection_sizes
 from seal_engine.model.config import ModelConfig
+from seal_engine.model.peft_config import read_peft_config
 from seal_engine.types import InputError, LoraConfig
 from seal_kernels.lora_tables import AdapterViews, adapter_views
 
@@ -29,7 +30,10 @@ _uids = itertools.count(1)
 
 
 class Adapter:
-    """A LoRA adapter on a device. `uid` is its own for good; `version` rises with every change of its parameters."""
+    """A LoRA adapter on a device. `uid` is its own for good; `version` rises with every change of its parameters.
+
+    The engine raises `version` itself when it trains; whoever writes into `params` calls `touch`.
+    """
 
     def __init__(self, model: ModelConfig, config: LoraConfig, device: torch.device):
         """All zeros: `Adapter.create` draws A."""
@@ -103,6 +107,10 @@ class Adapter:
             self._views = grads, made
         return self._views[1]
 
+    def touch(self) -> None:
+        """Say that `params`, or a view into them, were changed in place: whatever was computed before is not reused."""
+        self.version += 1
+
     def allocate_optimizer_state(self, state: Tensor | None = None) -> None:
         """Make zero gradients and moments unless they exist, in `state` if given: memory that a release returned."""
         if self.grads is None:
@@ -121,7 +129,7 @@ class Adapter:
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": None,
+            "base_model_name_or_path": self.model_config.directory,
             "r": self.config.r,
             "lora_alpha": self.config.lora_alpha,
             "lora_dropout": self.config.lora_dropout,
@@ -147,72 +155,42 @@ class Adapter:
     def load(directory: str | Path, model: ModelConfig, device: torch.device) -> "Adapter":
         """Read an adapter in PEFT's format. Raises InputError naming the file and the field or tensor."""
         directory = Path(directory)
-        file = directory / "adapter_config.json"
-        config = _lora_config(read_json(file), file)
-        try:
-            adapter = Adapter(model, config, device)
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from None
-        weights = directory / "adapter_model.safetensors"
+        file, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+        config = read_peft_config(read_json(file), model, str(file))
         try:
             tensors = load_file(weights)
         except FileNotFoundError:
             raise InputError(f"{weights}: missing; pickled adapters (.bin) are not read") from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{weights}: not a readable safetensors file (truncated?): {error}") from None
+        return Adapter.from_tensors(tensors, config, model, device, str(file), str(weights))
+
+    @staticmethod
+    def from_tensors(
+        tensors: Mapping[str, Tensor],
+        config: LoraConfig,
+        model: ModelConfig,
+        device: torch.device,
+        config_source: str = "config",
+        source: str = "tensors",
+    ) -> "Adapter":
+        """An adapter of tensors by PEFT's names. Errors name `config_source`, or `source` and the tensor."""
+        try:
+            adapter = Adapter(model, config, device)
+        except InputError as error:
+            raise InputError(f"{config_source}: {error}") from None
+        unread = dict(tensors)
         for name, a, b in adapter.projections():
             for part, view in (("lora_A", a), ("lora_B", b.T)):
                 key = f"{PEFT_PREFIX}{name}.{part}.weight"
-                if key not in tensors:
-                    raise InputError(f"{weights}: tensor {key} is missing")
-                tensor = tensors.pop(key)
-                if tensor.shape != view.shape or not tensor.is_floating_point():
-                    found = f"{tensor.dtype} {list(tensor.shape)}"
-                    raise InputError(f"{weights}: tensor {key}: found {found}; accepted: {list(view.shape)}, floating")
-                view.copy_(tensor)
-        if tensors:
-            raise InputError(f"{weights}: tensor {min(tensors)} has no place in this model and adapter_config.json")
+                if key not in unread:
+                    raise InputError(f"{source}: tensor {key} is missing")
+                tensor = unread.pop(key)
+                if not isinstance(tensor, Tensor) or tensor.shape != view.shape or not tensor.is_floating_point():
+                    found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else show(tensor)
+                    raise InputError(f"{source}: tensor {key}: found {found}; accepted: {list(view.shape)}, floating")
+                view.copy_(tensor.detach())
+        if unread:
+            name = min(unread, key=str)
+            raise InputError(f"{source}: tensor {name} has no place in this model and {Path(config_source).name}")
         return adapter
-
-
-def _lora_config(raw: dict[str, Any], file: Path) -> LoraConfig:
-    """The parts of PEFT's LoraConfig that change the forward pass; what is not supported is refused, not ignored."""
-    accepted = {
-        "peft_type": ("LORA",),
-        "bias": (None, "none"),
-        "fan_in_fan_out": (None, False),
-        "use_dora": (None, False),
-        "modules_to_save": (None, []),
-        "layers_to_transform": (None, []),
-        "layer_replication": (None, []),
-        "exclude_modules": (None, []),
-        "target_parameters": (None, []),
-        "lora_bias": (None, False),
-        "trainable_token_indices": (None, []),
-        "use_rslora": (None, True, False),
-        "use_qalora": (None, False),
-        "use_bdlora": (None, False),
-        "alora_invocation_tokens": (None,),
-        "arrow_config": (None,),
-        "kasa_config": (None,),
-    }
-    for name, values in accepted.items():
-        if raw.get(name) not in values:
-            raise InputError(f"{file}: {name}: found {raw.get(name)!r:.80}; accepted: {values[-1]!r}")
-    targets = raw.get("target_modules")
-    config = LoraConfig(
-        r=raw.get("r", 8),
-        lora_alpha=raw.get("lora_alpha", 8),
-        lora_dropout=raw.get("lora_dropout", 0.0),
-        target_modules=tuple(targets) if isinstance(targets, list) else targets or ("q_proj", "v_proj"),
-        use_rslora=raw.get("use_rslora") is True,
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
-    )
-    try:
-        for name in ("rank_pattern", "alpha_pattern"):
-            check_pattern(getattr(config, name), f"lora.{name}")
-        config.check()
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    return config

@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from seal_engine.types import InputError
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Patterns of what Transformers writes beside the weights: copied unchanged.
 COMPANIONS = (
     "tokenizer.json",
@@ -45,9 +46,10 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, dtype, shape and bytes."""
+    """Where a tensor lies: its file, name there, dtype, shape and bytes."""
 
     file: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -55,13 +57,13 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint directory by name, from its index or its single file. Reads headers only."""
+    """Every tensor of a checkpoint directory by name, from its single file, else its index. Reads headers only."""
     index, single = directory / INDEX, directory / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
-            found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
-            raise InputError(f"{directory}: found {found}; accepted: model.safetensors or {INDEX} with its shards")
+    if single.exists():  # as in Transformers, it goes before an index that an earlier save may have left
         return _read_header(single)
+    if not index.exists():
+        found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
+        raise InputError(f"{directory}: found {found}; accepted: model.safetensors or {INDEX} with its shards")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map: found {type(weight_map).__name__}; accepted: names to shard files")
@@ -71,10 +73,11 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         for name, stored in _read_header(directory / shard).items():
-            if weight_map.get(name) == shard:
-                tensors[name] = stored
+            if name in tensors:  # the index and Transformers, which takes the last, could disagree
+                raise InputError(f"{stored.file}: tensor {name} is in {tensors[name].file.name}, too")
+            tensors[name] = stored
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in tensors or tensors[name].file.name != shard:
             raise InputError(f"{directory / shard}: tensor {name} is in {INDEX} but not in this file")
     return tensors
 
@@ -98,7 +101,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise InputError(f"{file}: tensor {name}: found dtype {entry['dtype']}; accepted: one of {accepted}")
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        tensors[name] = StoredTensor(file, dtype, tuple(entry["shape"]), start, stop)
+        tensors[name] = StoredTensor(file, name, dtype, tuple(entry["shape"]), start, stop)
     return tensors
 
 
@@ -110,8 +113,12 @@ def load_model(directory: str | Path, dtype: torch.dtype | None, device: torch.d
     """
     directory = Path(directory)
     config = ModelConfig.from_directory(directory)
-    stored = stored_tensors(directory)
-    _check(config, stored, directory)
+    if (directory / "adapter_config.json").exists():
+        raise InputError(
+            f"{directory / 'adapter_config.json'}: an adapter beside a model's weights, which Transformers would apply "
+            "to them; accepted: directories of their own, and Engine.load_adapter"
+        )
+    config, stored = _matched(config, stored_tensors(directory), directory)
     if dtype is None:
         dtype = config.dtype or next(iter(stored.values())).dtype
     model = Model(config, dtype, device)
@@ -121,10 +128,44 @@ def load_model(directory: str | Path, dtype: torch.dtype | None, device: torch.d
 
 def reload_model(model: Model, directory: Path) -> None:
     """Fill the model with the checkpoint that it was loaded from, as if nothing had been merged since."""
-    stored = stored_tensors(directory)
-    _check(model.config, stored, directory)
+    _, stored = _matched(model.config, stored_tensors(directory), directory)
     _fill(model, stored, directory)
     model.version += 1
+
+
+def _matched(
+    config: ModelConfig, stored: dict[str, StoredTensor], directory: Path
+) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """The tensors by the model's own names, and the config that they bear out, as Transformers settles both."""
+    stored = _with_prefix(stored)
+    if config.tie_word_embeddings and HEAD in stored:
+        if EMBEDDINGS not in stored:
+            stored[EMBEDDINGS] = stored.pop(HEAD)
+        elif not _same_values(stored[EMBEDDINGS], stored[HEAD]):
+            raw = {**config.raw, "tie_word_embeddings": False}
+            config = replace(config, tie_word_embeddings=False, raw=raw)
+    _check(config, stored, directory)
+    return config, stored
+
+
+def _with_prefix(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors of a model that was saved without its lm_head lack the prefix of the names."""
+    named: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        full = f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+        if full in named:
+            raise InputError(f"{tensor.file}: tensor {full} is there twice, once without the prefix model.")
+        named[full] = tensor
+    return named
+
+
+def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype and torch.equal(_read(first), _read(second))
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    with safe_open(stored.file, framework="pt") as file:
+        return file.get_tensor(stored.name)
 
 
 def _fill(model: Model, stored: dict[str, StoredTensor], directory: Path) -> None:
@@ -163,7 +204,7 @@ def _check(config: ModelConfig, stored: dict[str, StoredTensor], directory: Path
     ones is refused before anything is made of them."""
     layer, hidden = "model.layers.0.", config.hidden_size
     sizes = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        EMBEDDINGS: (config.vocab_size, hidden),
         layer + "self_attn.q_proj.weight": (config.query_size, hidden),
         layer + "self_attn.k_proj.weight": (config.key_value_size, hidden),
         layer + "mlp.gate_proj.weight": (config.intermediate_size, hidden),
@@ -179,7 +220,7 @@ def _check(config: ModelConfig, stored: dict[str, StoredTensor], directory: Path
     _check_shapes(expected, stored, directory)
     for name in stored.keys() - expected.keys():
         # A tied lm_head may be stored as well, and old Llama checkpoints store the rotary frequencies.
-        if not (name == "lm_head.weight" and config.tie_word_embeddings) and not name.endswith("rotary_emb.inv_freq"):
+        if not (name == HEAD and config.tie_word_embeddings) and not name.endswith("rotary_emb.inv_freq"):
             raise InputError(f"{stored[name].file}: tensor {name} has no place in a {config.architecture}")
 
 

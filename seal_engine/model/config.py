@@ -4,20 +4,22 @@ Reads both ways of writing it: Transformers 4 (`rope_theta`, `rope_scaling`, `to
 (`rope_parameters`, `dtype`). Fields that a file leaves out take the value that Transformers gives them.
 """
 
-import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seal_engine.files import read_json, show
+from seal_engine.model.fields import Fields
+from seal_engine.model.rope import RopeConfig, read_rope
 from seal_engine.types import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# Fields that change what Transformers loads or computes, and that are accepted only as null.
+UNSUPPORTED = ("quantization_config", "per_layer_config", "transformers_weights")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Architecture:
     o_bias: bool | None = None
     mlp_bias: bool | None = False
     qk_norm: bool = False
-    window_from: str = "never"  # "always": on every layer if set; "layers": from max_window_layers or layer_types
+    windows: bool = False  # sliding_window counts, on the layers that layer_types names
+    windows_switch: bool = False  # only with use_sliding_window and, without layer_types, from max_window_layers on
 
 
 ARCHITECTURES = {
@@ -46,7 +49,7 @@ ARCHITECTURES = {
         },
         qkv_bias=False,
         o_bias=False,
-        window_from="always",
+        windows=True,
     ),
     "Qwen2ForCausalLM": Architecture(
         {
@@ -58,7 +61,8 @@ ARCHITECTURES = {
         },
         qkv_bias=True,
         o_bias=False,
-        window_from="layers",
+        windows=True,
+        windows_switch=True,
     ),
     "Qwen3ForCausalLM": Architecture(
         {
@@ -70,7 +74,8 @@ ARCHITECTURES = {
             "vocab_size": 151936,
         },
         qk_norm=True,
-        window_from="layers",
+        windows=True,
+        windows_switch=True,
     ),
 }
 COMMON_DEFAULTS = {
@@ -93,59 +98,6 @@ COMMON_DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: rope_type "default", "linear", "llama3" or "yarn", and what each of them reads."""
-
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0  # llama3, yarn
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: scales cos and sin
-    truncate: bool = True  # yarn: round the range of blended frequencies to whole dimensions
-
-    def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """[head_dim / 2] float32: the angle of dimension i at position p is p times its inverse frequency.
-
-        linear: arXiv 2306.15595. yarn: arXiv 2309.00071. llama3: wavelengths beyond original_max_position_embeddings
-        / low_freq_factor are stretched by `factor`, those under original / high_freq_factor are kept, those between
-        are blended linearly in original / wavelength.
-        """
-        period = self.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-        inverse = 1.0 / period
-        if self.rope_type == "linear":
-            return inverse / self.factor
-        if self.rope_type == "llama3":
-            turns = self.original_max_position_embeddings / (2 * math.pi / inverse)
-            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            kept = kept.clamp(0, 1)
-            return kept * inverse + (1 - kept) * inverse / self.factor
-        if self.rope_type == "yarn":
-            kept = 1 - self._yarn_ramp(head_dim)
-            return kept * inverse + (1 - kept) * (1.0 / (self.factor * period))
-        return inverse
-
-    def _yarn_ramp(self, head_dim: int) -> Tensor:
-        """[head_dim / 2]: 0 where a dimension turns more than beta_fast times over the original length, 1 where it
-        turns less than beta_slow times, linear between."""
-
-        def dimension(turns: float) -> float:
-            wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
-            return head_dim * math.log(wavelength) / (2 * math.log(self.rope_theta))
-
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        if low == high:
-            high += 0.001  # a step instead of a division by zero
-        return ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """A dense decoder: Llama 2/3, Mistral, Qwen2/2.5 or Qwen3. Field names are Hugging Face's."""
 
@@ -158,7 +110,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    max_position_embeddings: int
+    max_position_embeddings: int  # tokens of the longest sequence: at least the file's, see RopeConfig.max_length
     tie_word_embeddings: bool
     rope: RopeConfig
     windows: tuple[int | None, ...]  # sliding window of each layer
@@ -168,6 +120,7 @@ class ModelConfig:
     qk_norm: bool
     dtype: torch.dtype | None  # None: not written; the tensors' own
     raw: dict[str, Any] = field(repr=False, compare=False)  # config.json as read, for save_pretrained
+    directory: str | None = field(default=None, compare=False)  # of the checkpoint: adapters name it as their base
 
     @property
     def query_size(self) -> int:
@@ -192,24 +145,18 @@ class ModelConfig:
         directory = Path(path)
         if not os.path.isdir(directory):  # unlike Path.is_dir, raises nothing for names that no file can have
             raise InputError(f"{directory}: not a directory; accepted: a Hugging Face checkpoint directory")
-        return ModelConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
+        config = ModelConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
+        return replace(config, directory=os.path.abspath(directory))
 
     @staticmethod
     def from_dict(raw: dict[str, Any], source: str = "config") -> "ModelConfig":
         """Check and convert the contents of a config.json. `source` names it in error messages."""
-        names = raw.get("architectures")
-        name = names[0] if isinstance(names, list) and len(names) == 1 else None
-        if not isinstance(name, str) or name not in ARCHITECTURES:
-            raise InputError(
-                f"{source}: architectures: found {show(names)}; accepted: a list of one of {sorted(ARCHITECTURES)}"
-            )
+        name = _architecture(raw, source)
         kind = ARCHITECTURES[name]
-        if raw.get("quantization_config") is not None:
-            raise InputError(
-                f"{source}: quantization_config: found {show(raw['quantization_config'])}; accepted: none "
-                "(quantized checkpoints are not supported)"
-            )
-        read = _Fields({**COMMON_DEFAULTS, **kind.defaults, **raw}, source)
+        for field_name in UNSUPPORTED:
+            if raw.get(field_name) is not None:
+                raise InputError(f"{source}: {field_name}: found {show(raw[field_name])}; accepted: null")
+        read = Fields({**COMMON_DEFAULTS, **kind.defaults, **raw}, source)
 
         heads = read.integer("num_attention_heads")
         hidden = read.integer("hidden_size")
@@ -230,6 +177,7 @@ class ModelConfig:
             raise read.refuse("hidden_act", "'silu'")
         max_positions = read.integer("max_position_embeddings")
         attention_bias = read.boolean("attention_bias")
+        rope = read_rope(read, max_positions)
         return ModelConfig(
             architecture=name,
             vocab_size=read.integer("vocab_size"),
@@ -240,10 +188,10 @@ class ModelConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=read.number("rms_norm_eps"),
-            max_position_embeddings=max_positions,
+            max_position_embeddings=rope.max_length(max_positions),
             tie_word_embeddings=read.boolean("tie_word_embeddings"),
-            rope=_rope(read, max_positions),
-            windows=_windows(read, kind.window_from, layers),
+            rope=rope,
+            windows=_windows(read, kind, layers),
             qkv_bias=attention_bias if kind.qkv_bias is None else kind.qkv_bias,
             o_bias=attention_bias if kind.o_bias is None else kind.o_bias,
             mlp_bias=read.boolean("mlp_bias") if kind.mlp_bias is None else kind.mlp_bias,
@@ -253,35 +201,23 @@ class ModelConfig:
         )
 
 
-@dataclass
-class _Fields:
-    """Typed access to a mapping's fields; every refusal names the source and the field."""
-
-    values: dict[str, Any]
-    source: str
-
-    def refuse(self, name: str, accepted: str) -> InputError:
-        found = show(self.values[name]) if name in self.values else "nothing"
-        return InputError(f"{self.source}: {name}: found {found}; accepted: {accepted}")
-
-    def integer(self, name: str, below: int = 2**31) -> int:
-        value = self.values.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < below:
-            raise self.refuse(name, f"a positive integer below {below}")
-        return value
-
-    def number(self, name: str, least: float = torch.finfo(torch.float32).tiny) -> float:
-        value = self.values.get(name)
-        most = torch.finfo(torch.float32).max  # beyond these bounds, float32 turns a number into 0 or infinity
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-            raise self.refuse(name, f"a number from {least:g} to {most:g}")
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        value = self.values.get(name)
-        if not isinstance(value, bool):
-            raise self.refuse(name, "true or false")
-        return value
+def _architecture(raw: dict[str, Any], source: str) -> str:
+    """The key of ARCHITECTURES: by model_type, as in Transformers, and `architectures` must not say otherwise."""
+    names, model_type = raw.get("architectures"), raw.get("model_type")
+    by_type = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
+    typed = by_type.get(model_type) if isinstance(model_type, str) else None
+    if not names and typed is not None:
+        return typed
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if isinstance(name, str) and name.endswith("Model"):  # saved without its lm_head
+        name = f"{name.removesuffix('Model')}ForCausalLM"
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        accepted = f"a list of one of {sorted(ARCHITECTURES)}, or none beside a model_type of {sorted(by_type)}"
+        raise InputError(f"{source}: architectures: found {show(names)}; accepted: {accepted}")
+    if model_type is not None and typed != name:
+        accepted = f"{name.removesuffix('ForCausalLM').lower()}, as architectures says"
+        raise InputError(f"{source}: model_type: found {show(model_type)}; accepted: {accepted}")
+    return name
 
 
 def _dtype(raw: dict[str, Any], source: str) -> torch.dtype | None:
@@ -294,90 +230,17 @@ def _dtype(raw: dict[str, Any], source: str) -> torch.dtype | None:
     return DTYPES[name.removeprefix("torch.")]
 
 
-def _rope(read: _Fields, max_positions: int) -> RopeConfig:
-    """From `rope_parameters` (Transformers 5) or `rope_theta` and `rope_scaling` (Transformers 4)."""
-    key = "rope_parameters" if read.values.get("rope_parameters") is not None else "rope_scaling"
-    written = read.values.get(key)
-    if not isinstance(written, dict | None):
-        raise read.refuse(key, "an object or null")
-    # The file's own names go first: a length written beside the rope fields goes before one written inside.
-    values = {"rope_theta": read.values["rope_theta"], **(written or {})}
-    outer_length = read.values.get("original_max_position_embeddings")
-    if outer_length is not None:
-        values["original_max_position_embeddings"] = outer_length
-    rope = _Fields(values, f"{read.source}: {key}" if written else read.source)
-    rope_type = values.get("rope_type", values.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise InputError(f"{rope.source}: rope_type: found {show(rope_type)}; accepted: one of {list(ROPE_TYPES)}")
-    for fields in (rope, read):
-        if fields.values.get("partial_rotary_factor", 1.0) not in (1, None):
-            raise fields.refuse("partial_rotary_factor", "1.0")
-    theta = rope.number("rope_theta", least=1.0)
-    if rope_type == "default":
-        return RopeConfig(rope_theta=theta)
-    factor = rope.number("factor", least=1.0)
-    if rope_type == "linear":
-        return RopeConfig("linear", theta, factor)
-    if values.get("original_max_position_embeddings") is None:
-        values["original_max_position_embeddings"] = max_positions
-    original = rope.integer("original_max_position_embeddings")
-    if rope_type == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if low >= high:
-            raise rope.refuse("high_freq_factor", f"a number above low_freq_factor, {low}")
-        return RopeConfig("llama3", theta, factor, original, low, high)
-
-    def optional(name: str, default: float) -> float:
-        return default if values.get(name) is None else rope.number(name)
-
-    if values.get("truncate") is None:
-        values["truncate"] = True
-    if theta == 1.0:
-        raise rope.refuse("rope_theta", "a number above 1 for yarn")
-    fast, slow = optional("beta_fast", 32.0), optional("beta_slow", 1.0)
-    if fast < slow:
-        raise rope.refuse("beta_fast", f"a number not below beta_slow, {slow}")
-    return RopeConfig(
-        "yarn",
-        theta,
-        factor,
-        original,
-        beta_fast=fast,
-        beta_slow=slow,
-        attention_factor=optional("attention_factor", _yarn_attention_factor(values, factor, optional)),
-        truncate=rope.boolean("truncate"),
-    )
-
-
-def _yarn_attention_factor(values: dict[str, Any], factor: float, optional) -> float:
-    """The scale of cos and sin when none is written: 0.1 ln(factor) + 1, or a ratio of two such (DeepSeek)."""
-
-    def scale(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if values.get("mscale") and values.get("mscale_all_dim"):
-        return scale(optional("mscale", 1.0)) / scale(optional("mscale_all_dim", 1.0))
-    return scale(1.0)
-
-
-def _windows(read: _Fields, window_from: str, layers: int) -> tuple[int | None, ...]:
+def _windows(read: Fields, kind: Architecture, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer: the number of tokens a query sees, itself included; None for all."""
-    if window_from == "never":
-        return (None,) * layers
-    window = read.values.get("sliding_window")
-    if window_from == "always":
-        return (None if window is None else read.integer("sliding_window"),) * layers
-    if not read.boolean("use_sliding_window") or window is None:
-        window = None
-    else:
-        window = read.integer("sliding_window")
+    on = kind.windows and (not kind.windows_switch or read.boolean("use_sliding_window"))
+    window = read.integer("sliding_window") if on and read.values.get("sliding_window") is not None else None
     types = read.values.get("layer_types")
     if types is None:
-        first = read.values["max_window_layers"]
+        first = read.values["max_window_layers"] if kind.windows_switch else 0
         if type(first) is not int or first < 0:
             raise read.refuse("max_window_layers", "an integer >= 0")
         return tuple(window if i >= first else None for i in range(layers))
-    known = ("full_attention", "sliding_attention")
+    known = LAYER_TYPES if window is not None else LAYER_TYPES[:1]
     if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
         raise read.refuse("layer_types", f"a list of {layers}, each one of {list(known)}")
     return tuple(window if t == "sliding_attention" else None for t in types)

@@ -6,19 +6,20 @@ import shutil
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import oracle
 from compare import relative_error
-from seal_engine import Adapter, Engine, InputError, LoraConfig
+from seal_engine import Adapter, Engine, InputError, LoraConfig, SamplingParams, TrainJob
 from seal_engine.model.adapter_layout import ALIGNMENT
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ["llama-biases-tied", "mistral-window", "qwen2", "qwen3"]
 SEQUENCES = oracle.sequences([9, 1, 24], seed=3)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_SUCH = "absent.lora_A.weight"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 # Every field that changes the forward pass.
@@ -180,9 +181,71 @@ def test_merging_rounds_once(checkpoint, tmp_path):
     assert all(torch.equal(theirs[name], tensor) for name, tensor in after.items())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("float32", math.nan), ("float32", math.inf), ("float32", 3e38), ("float16", 1e5), ("bfloat16", math.nan)],
+    ids=["NaN", "infinite", "a product beyond float32", "a sum beyond float16", "NaN in 16 bits"],
+)
+def test_a_merge_that_would_ruin_a_weight_changes_nothing(checkpoint, dtype, value):
+    """In the last projection, too: those before it are finite and must not be merged alone."""
+    engine = Engine.from_pretrained(checkpoint("llama"), device="cpu", dtype=dtype)
+    adapter = random_adapter(engine, LoraConfig(r=2, lora_alpha=64))
+    *_, (last, a, b) = adapter.projections()
+    a[0, 0], b[0, 0] = 1.0, value
+    before = {name: tensor.clone() for name, tensor in engine.model.named_tensors()}
+    version = engine.model.version
+    with pytest.raises(InputError, match=f"adapter: {last}: merged, its weight is NaN or infinite"):
+        engine.merge(adapter)
+    assert engine.model.version == version
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.model.named_tensors())
+
+
 def test_merge_takes_adapters_only(engine):
     with pytest.raises(InputError, match="adapter: found NoneType None; accepted: an Adapter"):
         engine.merge(None)
+
+
+@pytest.mark.parametrize("form", ["LoraConfig", "adapter_config.json", "PEFT's own"])
+def test_tensors_and_a_config_in_place_of_a_directory(engine, form, tmp_path):
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_rslora=True)
+    adapter = random_adapter(engine, config)
+    adapter.save(tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours" / WEIGHTS)
+    given = {
+        "LoraConfig": config,
+        "adapter_config.json": json.loads((tmp_path / "ours" / CONFIG).read_text()),
+        "PEFT's own": PeftConfig.from_pretrained(tmp_path / "ours").to_dict(),  # its names are sets
+    }[form]
+    again = engine.load_adapter(tensors, given)
+    assert torch.equal(again.params, adapter.params)
+    assert (again.layout.scales == adapter.layout.scales).all()
+    for broken, config, message in (
+        (tensors, None, "config: found NoneType"),
+        (tensors, {}, "config: peft_type: found None"),
+        (tensors | {NO_SUCH: torch.ones(1)}, given, f"tensors: tensor {NO_SUCH} has no place"),
+        (tensors | {Q0: [[1.0]]}, given, f"tensors: tensor {Q0}: found list"),
+        ({}, given, f"tensors: tensor {Q0} is missing"),
+        (tmp_path / "ours", given, "config: found .*; accepted: none beside a directory"),
+        (None, None, "path: found NoneType"),
+    ):
+        with pytest.raises(InputError, match=message):
+            engine.load_adapter(broken, config)
+
+
+def test_an_adapter_names_its_base(checkpoint, tmp_path):
+    """PEFT's auto classes look for the base there; trained and loaded adapters name it as created ones do."""
+    engine = Engine.from_pretrained(checkpoint("llama"), device="cpu")
+    random_adapter(engine, LoraConfig()).save(tmp_path / "created")
+    engine.load_adapter(tmp_path / "created").copy().save(tmp_path / "loaded")
+    (result,) = engine.train([TrainJob([[1, 2, 3]], num_epochs=1)], progress=False)
+    result.adapter.save(tmp_path / "trained")
+    for name in ("created", "loaded", "trained"):
+        config = json.loads((tmp_path / name / CONFIG).read_text())
+        assert config["base_model_name_or_path"] == str(checkpoint("llama"))
+        model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        ours = engine.logits(SEQUENCES, adapters=engine.load_adapter(tmp_path / name))
+        for mine, theirs in zip(ours, oracle.logits(model, SEQUENCES), strict=True):
+            assert relative_error(mine, theirs) < 1e-5
 
 
 # Broken directories
@@ -215,7 +278,6 @@ def truncated(directory):
     (directory / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
-NO_SUCH = "absent.lora_A.weight"
 BROKEN = {
     "no directory": (shutil.rmtree, CONFIG, "missing"),
     "no config": (lambda d: (d / CONFIG).unlink(), CONFIG, "missing"),
@@ -239,13 +301,13 @@ BROKEN = {
         changed_tensors(lambda t: t.update({NO_SUCH: t[Q0].clone()})), WEIGHTS, f"tensor {NO_SUCH} has no place",
     ),
     "fewer targets": (changed_json(target_modules=["v_proj"]), WEIGHTS, f"tensor {Q0} has no place"),
-    "DoRA": (changed_json(use_dora=True), CONFIG, "use_dora: found True; accepted: False"),
+    "DoRA": (changed_json(use_dora=True), CONFIG, "use_dora: found True; accepted: null or false"),
     "QALoRA": (changed_json(use_qalora=True), CONFIG, "use_qalora: found True"),
     "aLoRA": (changed_json(alora_invocation_tokens=[5]), CONFIG, r"alora_invocation_tokens: found \[5\]"),
     "bias": (changed_json(bias="all"), CONFIG, "bias: found 'all'; accepted: 'none'"),
     "lora_bias": (changed_json(lora_bias=True), CONFIG, "lora_bias: found True"),
     "modules_to_save": (changed_json(modules_to_save=["lm_head"]), CONFIG, r"modules_to_save: found \['lm_head'\]"),
-    "layers_to_transform": (changed_json(layers_to_transform=[0]), CONFIG, "layers_to_transform: found"),
+    "fewer layers": (changed_json(layers_to_transform=[0]), WEIGHTS, r"tensor \S+layers\.1\S+ has no place"),
     "another method": (changed_json(peft_type="IA3"), CONFIG, "peft_type: found 'IA3'; accepted: 'LORA'"),
     "no method": (changed_json(peft_type=None), CONFIG, "peft_type: found None"),
     "r = 0": (changed_json(r=0), CONFIG, r"lora\.r: found 0; accepted: an integer >= 1"),
@@ -253,10 +315,10 @@ BROKEN = {
     "alpha": (changed_json(lora_alpha=math.inf), CONFIG, r"lora\.lora_alpha: found inf"),
     "dropout": (changed_json(lora_dropout=1), CONFIG, r"lora\.lora_dropout: found 1"),
     "rslora": (changed_json(use_rslora="yes"), CONFIG, "use_rslora: found 'yes'"),
-    "unknown target": (changed_json(target_modules=["v_proj", "c_fc"]), CONFIG, r"target_modules: found \['c_fc'\]"),
+    "unknown targets": (changed_json(target_modules=["c_fc"]), CONFIG, "target_modules: found .*match no module"),
     "target is lm_head": (changed_json(target_modules=["lm_head"]), CONFIG, r"target_modules: found \['lm_head'\]"),
     "targets no names": (changed_json(target_modules={"q_proj": 1}), CONFIG, "target_modules: found"),
-    "targets numbers": (changed_json(target_modules=[1]), CONFIG, r"target_modules: found \(1,\)"),
+    "targets numbers": (changed_json(target_modules=[1]), CONFIG, r"target_modules: found list \[1\]"),
     "no targets": (changed_json(target_modules=[]), CONFIG, "target_modules: found"),
     "target no regex": (changed_json(target_modules="(q_proj"), CONFIG, r"target_modules: found '\(q_proj', no regu"),
     "rank_pattern no regex": (changed_json(rank_pattern={"(q": 2}), CONFIG, r"rank_pattern: found '\(q', no regular"),
@@ -396,6 +458,28 @@ def test_a_copy_is_its_own(engine):
     assert copy.uid != adapter.uid
     copy.params.zero_()
     assert adapter.params.any()
+
+
+def test_parameters_changed_in_place_are_told_by_touch(engine):
+    """The sampler's prefix cache knows an adapter by uid and version: without `touch` it would reuse old K/V."""
+    adapter, prompt = random_adapter(engine, CONFIGS["seven"]), list(range(5, 60))
+    sampler = engine.sampler(num_blocks=16)
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=1)
+
+    def logprobs():
+        request = sampler.add_request(None, prompt, params, adapter)
+        while sampler.busy:
+            sampler.step()
+        return sampler.output(request).outputs[0].logprobs
+
+    before = logprobs()
+    adapter.params.mul_(3)
+    adapter.touch()
+    assert adapter.version == 1
+    after = logprobs()
+    assert after != before
+    fresh = engine.generate([prompt], params, adapter.copy(), progress=False)[0].outputs[0].logprobs
+    assert after == pytest.approx(fresh)
 
 
 def test_uids_are_unique(engine, tmp_path):
