@@ -39,7 +39,15 @@ FILES = (
 
 
 # Settings that change no result: a run may go on with other values.
-MUTABLE = ("device", "max_ungraded", "endpoint", "endpoint_key_variable", "endpoint_concurrency", "endpoint_timeout")
+MUTABLE = (
+    "device",
+    "max_ungraded",
+    "endpoint",
+    "endpoint_key_variable",
+    "endpoint_concurrency",
+    "endpoint_timeout",
+    "endpoint_fields",
+)
 MEGABYTE = 1 << 20
 
 

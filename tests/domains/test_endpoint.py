@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -150,7 +152,7 @@ def test_replies_come_in_order(server, endpoint):
 
 
 def test_what_is_sent(server, endpoint):
-    assert complete(endpoint, ["é \ud800?"], max_tokens=7, temperature=0.5) == [Reply("re: é \ud800?")]
+    assert complete(endpoint, ["é \ud800?"], max_tokens=7, temperature=0.5) == [Reply("re: é \ufffd?")]
     ((path, headers, body),) = server.requests
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == f"Bearer {KEY}"
@@ -373,6 +375,39 @@ def test_an_interrupted_wait_ends(server, endpoint):
     assert [(reply.error or "").partition(":")[0] for reply in replies] == ["HTTP 500"]
 
 
+def test_an_interrupt_does_not_wait_for_the_time_out(server, endpoint):
+    """Ctrl-C while the endpoint is silent: the time-out here is as long as a test may take."""
+    server.script = {"a": [hangs]}
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        complete(replace(endpoint, timeout=15.0), ["a", "b"])
+    assert time.monotonic() - start < 5
+
+
+def test_half_a_surrogate_is_no_text(server, endpoint):
+    """JSON can spell it, UTF-8 and tokenizers cannot hold it: it once ended a run. A whole pair is one character."""
+    content = rb'{"choices": [{"message": {"content": "a \ud83d b \ud83d\ude00"}}]}'
+    server.script = {"a": [content]}
+    assert complete(endpoint, ["a"]) == [Reply("a \ufffd b \U0001f600")]
+
+
+def test_a_proxy_of_the_environment_is_used(server, endpoint, monkeypatch):
+    port = server.server_address[1]
+    far = replace(endpoint, base_url="http://example.invalid/v1")
+    monkeypatch.setenv("http_proxy", f"http://user:pass@127.0.0.1:{port}")
+    monkeypatch.setenv("no_proxy", "")
+    assert complete(far, ["a"]) == [Reply("re: a")]
+    path, headers, _ = server.requests[-1]
+    assert path == "http://example.invalid/v1/chat/completions"
+    assert headers["Proxy-Authorization"] == "Basic dXNlcjpwYXNz"
+    assert headers["Host"] == "example.invalid"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert complete(endpoint, ["b"]) == [Reply("re: b")]
+    assert server.requests[-1][0] == "/v1/chat/completions"
+
+
 def test_counts():
     replies = [
         Reply("a"),
@@ -390,6 +425,8 @@ def test_what_could_not_be_had_is_ungraded_not_wrong(server, endpoint, caplog):
     grader = make_grader("endpoint", endpoint=endpoint, template="{question} {answer} {prediction}")
     assert grader([(name, "G", "P") for name in steps]) == [None, 0.0, None, 1.0, None]
     (line,) = caplog.messages
+    line, first = line.split("; ")
+    assert first == 'the first: HTTP 500: {"error": {"message": "why"}}'
     assert line.startswith("3 of 5 answers are ungraded: ")
     assert {"HTTP 500 (1)", "response is not JSON (1)", "neither yes nor no (1)"} == set(
         line.split(": ")[1].split(", ")

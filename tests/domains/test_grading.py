@@ -230,4 +230,6 @@ def test_an_endpoint_grades(monkeypatch, caplog):
     endpoint = Endpoint("http://localhost:1/v1", "judge")
     assert make_grader("endpoint", endpoint=endpoint, template=TEMPLATE)(TRIPLES) == [1.0, None, None]
     assert asked == [(endpoint, ["Who?|She|she", "What?|It|that", "When?|Now|later"], 8)]
-    assert caplog.messages == ["2 of 3 answers are ungraded: HTTP 500 (1), neither yes nor no (1)"]
+    assert caplog.messages == [
+        "2 of 3 answers are ungraded: HTTP 500 (1), neither yes nor no (1); the first: HTTP 500: busy"
+    ]

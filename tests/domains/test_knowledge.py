@@ -230,7 +230,7 @@ def test_self_edits_from_an_endpoint(monkeypatch, caplog):
     params = SamplingParams(temperature=0.3, top_p=0.5, max_tokens=40)
     assert domain.sources()["endpoint"].write(domain.contexts("held out"), params) == [["fact", None]] * 2
     assert asked == [("m", {"top_p": 0.5}, 4, 40, 0.3)]
-    assert caplog.messages == ["2 of 4 self-edits could not be had: HTTP 500"]
+    assert caplog.messages == ["2 of 4 self-edits could not be had: HTTP 500; the first: HTTP 500: sorry"]
 
 
 def test_a_missing_key_is_missed_at_once(monkeypatch):
@@ -272,3 +272,12 @@ def test_seal_result_of_a_round(tmp_path):
     write_result(tmp_path / "result.json", result)
     assert read_result(tmp_path / "result.json") == result
     assert [asked.adapter_correct for asked in article.completions[2].questions] == [False] * 4
+
+
+def test_request_fields_can_be_added_and_left_out():
+    """Newer models refuse max_tokens, and want another name for it."""
+    config = KnowledgeConfig(endpoint="http://h/v1", endpoint_model="m", endpoint_fields='{"max_tokens": null, "n": 1}')
+    assert config.make_endpoint().fields == {"max_tokens": None, "n": 1}
+    for text in ("{", "[1]", "1"):
+        with pytest.raises(InputError, match="endpoint_fields"):
+            KnowledgeConfig(endpoint_fields=text)

@@ -6,20 +6,22 @@ every error: an endpoint may repeat what it was sent.
 
 import json
 import os
+import queue
 import random
 import re
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from seal_engine.files import show
 from seal_engine.types import InputError, is_integer, is_number, require
@@ -40,6 +42,11 @@ class Reply:
 def count_errors(replies: Iterable[Reply]) -> dict[str, int]:
     """How many replies failed with each kind of error, the most frequent first."""
     return dict(Counter(reply.error.partition(":")[0] for reply in replies if reply.error is not None).most_common())
+
+
+def first_error(replies: Iterable[Reply]) -> str:
+    """The first error in full, as the end of a sentence: what the server said of it; "" if there is none."""
+    return next((f"; the first: {reply.error}" for reply in replies if reply.error is not None), "")
 
 
 @dataclass(frozen=True)
@@ -111,12 +118,34 @@ def complete(
     except (TypeError, ValueError) as error:
         raise InputError(f"endpoint.fields: {error}; accepted: what JSON can hold") from None
     call = _Call(endpoint, read_key(endpoint.key_variable))
-    pool = ThreadPoolExecutor(min(endpoint.concurrency, max(1, len(prompts))))
+    replies: list[Reply | BaseException | None] = [None] * len(bodies)
+    due = queue.SimpleQueue()
+    for item in enumerate(bodies):
+        due.put(item)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while not call.stop.is_set():
+                i, body = due.get_nowait()
+                try:
+                    replies[i] = call.ask(body)
+                except BaseException as error:
+                    replies[i] = error
+                    call.stop.set()
+
+    # Daemons: an interrupted program does not wait for the responses that are still to come.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(endpoint.concurrency, len(bodies)))]
     try:
-        return list(pool.map(call.ask, bodies))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     finally:  # also when interrupted: nothing more is sent then
         call.stop.set()
-        pool.shutdown(cancel_futures=True)
+    for reply in replies:
+        if isinstance(reply, BaseException):
+            raise reply
+    return [reply for reply in replies if isinstance(reply, Reply)]
 
 
 def read_key(variable: str | None) -> str | None:
@@ -177,12 +206,12 @@ class _Call:
     def _post(self, body: bytes) -> tuple[int, str | None, bytes]:
         """Status, Retry-After and body of one request's response. _NoAnswerError if there is none in time."""
         url, timeout = urlsplit(self.endpoint.base_url), self.endpoint.timeout
-        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
-        connection = kind(url.hostname or "", url.port, timeout=timeout)
         path = f"{url.path.rstrip('/')}/{'chat/' if self.endpoint.chat else ''}completions"
+        connection, target, proxy_headers = _connection(url, path, timeout)
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
+        headers |= proxy_headers
         start, late, watchdog = time.monotonic(), threading.Event(), None
         try:
             connection.connect()
@@ -190,7 +219,7 @@ class _Call:
             watchdog = threading.Timer(start + timeout - time.monotonic(), _hang_up, (connection.sock, late))
             watchdog.daemon = True
             watchdog.start()
-            connection.request("POST", path, body, headers)
+            connection.request("POST", target, body, headers)
             with connection.getresponse() as response:
                 content = response.read(MAX_BYTES + 1)
                 if response.length and len(content) <= MAX_BYTES:  # read(n) takes a lost connection for the end
@@ -228,7 +257,25 @@ class _Call:
             value = None
         if not isinstance(value, str):
             raise _NoAnswerError(f"response without text: no {'.'.join(map(str, steps))}")
-        return value
+        # JSON can spell half a surrogate pair, which is no text: what stands alone becomes a replacement character.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _connection(url: SplitResult, path: str, timeout: float) -> tuple[HTTPConnection, str, dict[str, str]]:
+    """A connection to the endpoint, or to the proxy that the environment names for it (http_proxy, https_proxy, and
+    no_proxy against it); the target of the request, and headers for the proxy."""
+    kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+    proxy = getproxies().get(url.scheme)
+    if not proxy or proxy_bypass(url.hostname or ""):
+        return kind(url.hostname or "", url.port, timeout=timeout), path, {}
+    through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    login = f"{unquote(through.username or '')}:{unquote(through.password or '')}"
+    headers = {"Proxy-Authorization": f"Basic {b64encode(login.encode()).decode()}"} if through.username else {}
+    connection = kind(through.hostname or "", through.port or 80, timeout=timeout)
+    if url.scheme == "https":
+        connection.set_tunnel(url.hostname or "", url.port, headers)
+        return connection, path, {}
+    return connection, f"http://{url.netloc}{path}", headers
 
 
 def _hang_up(sock: socket.socket, late: threading.Event) -> None:

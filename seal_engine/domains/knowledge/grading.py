@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from seal_engine.domains.knowledge.endpoint import Endpoint, complete, count_errors
+from seal_engine.domains.knowledge.endpoint import Endpoint, complete, count_errors, first_error
 from seal_engine.engine import Engine
 from seal_engine.files import show
 from seal_engine.sampling.requests import SamplingParams
@@ -146,14 +146,14 @@ def _grade_by_endpoint(endpoint: Endpoint, template: str, triples: list[tuple[st
     """Grades by the endpoint's model, greedily."""
     replies = complete(endpoint, [grade_prompt(template, *triple) for triple in triples], VERDICT_TOKENS)
     verdicts = [None if reply.text is None else parse_verdict(reply.text) for reply in replies]
-    _log_ungraded(verdicts, Counter(count_errors(replies)))
+    _log_ungraded(verdicts, Counter(count_errors(replies)), first_error(replies))
     return verdicts
 
 
-def _log_ungraded(verdicts: list[float | None], failed: Counter[str]) -> None:
-    """Warn of answers without a grade, with the number of each reason."""
+def _log_ungraded(verdicts: list[float | None], failed: Counter[str], example: str = "") -> None:
+    """Warn of answers without a grade, with the number of each reason, and with an example."""
     ungraded = verdicts.count(None)
     if ungraded:
         reasons = failed + Counter({NEITHER: ungraded - failed.total()})
         shown = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
-        log.warning("%d of %d answers are ungraded: %s", ungraded, len(verdicts), shown)
+        log.warning("%d of %d answers are ungraded: %s%s", ungraded, len(verdicts), shown, example)

@@ -11,8 +11,9 @@ from datetime import datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from seal_engine.domains.knowledge.endpoint import Endpoint, complete, count_errors, read_key
+from seal_engine.domains.knowledge.endpoint import Endpoint, complete, count_errors, first_error, read_key
 from seal_engine.domains.knowledge.grading import GRADERS, Grader, make_grader
 from seal_engine.domains.knowledge.passages import Passage
 from seal_engine.domains.knowledge.results import Article, Asked, Judged, Result
@@ -20,6 +21,7 @@ from seal_engine.domains.knowledge.seal_files import read_passages
 from seal_engine.domains.knowledge.self_edits import split
 from seal_engine.domains.templating import fill, read_template
 from seal_engine.engine import Engine
+from seal_engine.files import strict_json
 from seal_engine.loop.domain import Candidate, InvalidSelfEditError, Prompt, SelfEditSource
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import SelfEdit, Trial
@@ -65,6 +67,7 @@ class KnowledgeConfig:
     endpoint_self_edits: int = setting(0, "self-edits for each context to have written there")
     endpoint_concurrency: int = setting(8, "requests there at once")
     endpoint_timeout: float = setting(120.0, "seconds that a request there may take")
+    endpoint_fields: str = setting("", "JSON object: fields to add to each request there, or with null to leave out")
 
     def __post_init__(self):
         require_integers(
@@ -73,6 +76,7 @@ class KnowledgeConfig:
         require(self.grader in GRADERS, "grader", self.grader, f"one of {list(GRADERS)}")
         needs = self.grader == "endpoint" or self.endpoint_self_edits > 0
         require(bool(self.endpoint) or not needs, "endpoint", self.endpoint, "a URL, as grader or self-edits need one")
+        self._endpoint_fields()
         self.job(["text"]).check()
 
     @property
@@ -104,7 +108,17 @@ class KnowledgeConfig:
             self.endpoint_key_variable,
             self.endpoint_concurrency,
             self.endpoint_timeout,
+            fields=self._endpoint_fields(),
         )
+
+    def _endpoint_fields(self) -> dict[str, Any]:
+        accepted = 'a JSON object, such as {"max_tokens": null, "max_completion_tokens": 512}'
+        try:
+            fields = strict_json(self.endpoint_fields or "{}")
+        except ValueError as error:
+            raise InputError(f"endpoint_fields: not JSON: {error}; accepted: {accepted}") from None
+        require(isinstance(fields, dict), "endpoint_fields", self.endpoint_fields, accepted)
+        return fields
 
 
 log = logging.getLogger("seal_engine")
@@ -259,10 +273,10 @@ class Knowledge:
         if endpoint is None:
             raise InputError("endpoint: found nothing; accepted: a URL")
         prompts = [self.prompt_text(context) for context in contexts for _ in range(count)]
-        endpoint = replace(endpoint, fields={"top_p": params.top_p})
+        endpoint = replace(endpoint, fields={"top_p": params.top_p, **endpoint.fields})
         found = complete(endpoint, prompts, params.max_tokens, params.temperature)
         for reason, failed in count_errors(found).items():
-            log.warning("%d of %d self-edits could not be had: %s", failed, len(found), reason)
+            log.warning("%d of %d self-edits could not be had: %s%s", failed, len(found), reason, first_error(found))
         replies = iter(found)
         return [[next(replies).text for _ in range(count)] for _ in contexts]
 
