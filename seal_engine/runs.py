@@ -49,6 +49,10 @@ MUTABLE = (
     "endpoint_fields",
 )
 MEGABYTE = 1 << 20
+MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,12 @@ def start(
     require(fixed, "grader", "model", "it with policy_update 'adapter': a merge would change who grades")
     domain = TASKS[task].make(own, engine)
     validate_run(domain, loop)
-    settings |= {"task": task, "sha256": files | _fingerprint(Path(engine_config.model))}
-    with Ledger.open(out, settings, MUTABLE) as ledger:
+    fingerprint = _fingerprint(Path(engine_config.model))
+    settings |= {"task": task, "sha256": files | fingerprint}
+    # A file that lies elsewhere now is the same file if its digest is the same; a run of an earlier version took fewer.
+    mutable = (*MUTABLE, "model", *files)
+    defaults = {name: value for kind in kinds for name, value in defaults_of(kind).items()} | {"sha256": fingerprint}
+    with Ledger.open(out, settings, mutable, defaults) as ledger:
         ReSTEM(engine, domain, loop, ledger, log, progress).run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
@@ -161,17 +169,20 @@ def resume(directory: str | Path, log: Callable[[str], None] = print, progress: 
 
 
 def _fingerprint(model: Path) -> dict[str, str]:
-    """What tells this checkpoint from another: small files whole, of large ones the size and both ends."""
-    found = {}
-    for file in [*sorted(model.glob("*.safetensors")), model / "config.json", model / "tokenizer.json"]:
-        if file.exists():
+    """What tells this checkpoint from another: small files whole, of large ones the size and both ends.
+
+    All files count that decide a number: weights, configs, and whatever the tokenizer and its chat templates read.
+    """
+    found = dict.fromkeys(MODEL_FILES, "absent")
+    for pattern in (*MODEL_FILES, "*.safetensors", "additional_chat_templates/*.jinja"):
+        for file in sorted(model.glob(pattern)):
             with file.open("rb") as stream:
                 size = stream.seek(0, os.SEEK_END)
                 parts = [str(size).encode()]
                 for start in (0, max(0, size - MEGABYTE)):
                     stream.seek(start)
                     parts.append(stream.read(MEGABYTE))
-            found[file.name] = hashlib.sha256(b"".join(parts)).hexdigest()
+            found[str(file.relative_to(model))] = hashlib.sha256(b"".join(parts)).hexdigest()
     return found
 
 

@@ -51,12 +51,19 @@ class Ledger:
         self._metrics_bytes = 0  # length of metrics.jsonl
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], config: Mapping[str, Any], mutable: Sequence[str] = ()) -> Self:
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        mutable: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Begin a run, or go on with it: what a crash left half-done is removed.
 
         InputError if the directory holds something else, cannot be written, is held by another process, is damaged,
         is of a newer version, or began with another config (compared as JSON, but for the keys in `mutable`); it is
-        then left as it was. A run of an earlier version is brought up to date.
+        then left as it was. A run of an earlier version is brought up to date: a key that it lacks has the value in
+        `defaults`, also within an object. The config is recorded as it is now.
         """
         path = Path(os.path.realpath(directory))
         wanted = _as_json(config)
@@ -72,8 +79,11 @@ class Ledger:
             db.validate_database(connection, path / DATABASE)
             db.migrate(connection)
             ledger = cls(path, connection, writable=True)
-            _validate_config(ledger, wanted, mutable)
-            connection.execute("UPDATE run SET schema_version = schema_version")  # better refused now than hours later
+            _validate_config(ledger, wanted, mutable, _as_json(defaults or {}))
+            connection.execute(
+                "UPDATE run SET config = ?", [json.dumps(wanted)]
+            )  # which also shows that it is writable
+            ledger.config = wanted
             for leftover in list(path.rglob(f"{PARTIAL}*")):
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)  # one may lie in another that is gone already
@@ -303,9 +313,15 @@ def _copy(file: Path, stack: ExitStack) -> Path:
     return copies / DATABASE
 
 
-def _validate_config(ledger: Ledger, wanted: dict[str, Any], mutable: Sequence[str]) -> None:
+def _validate_config(
+    ledger: Ledger, wanted: dict[str, Any], mutable: Sequence[str], defaults: Mapping[str, Any]
+) -> None:
     """InputError naming the first field that differs."""
-    kept = ({k: v for k, v in config.items() if k not in mutable} for config in (ledger.config, wanted))
+    recorded = {**defaults, **ledger.config}
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(recorded[name], dict):
+            recorded[name] = value | recorded[name]
+    kept = [{k: v for k, v in config.items() if k not in mutable} for config in (recorded, wanted)]
     began, current = [_flatten(config, "config") for config in kept]
     for name in current | began:
         old, new = began.get(name, "nothing"), current.get(name, "nothing")

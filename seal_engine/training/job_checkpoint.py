@@ -15,12 +15,15 @@ from seal_engine.types import InputError
 
 
 def _fingerprint(state: JobState) -> str:
-    """What a checkpoint must match to be gone on from: everything that decides the job's numbers."""
+    """What a checkpoint must match to be gone on from: everything that decides the job's numbers.
+
+    How passes are cut is not among it: another device has another token budget, and changes numbers by rounding alone.
+    """
     job, layout = state.job, state.adapter.layout
     fields: dict[str, Any] = {name: getattr(job, name) for name in job.__dataclass_fields__}
     for name in ("sequences", "init_from", "checkpoint_dir", "checkpoint_every", "lora"):
         del fields[name]
-    fields |= {"ids": state.ids, "targets": state.targets, "budget": state.token_budget, "size": layout.size}
+    fields |= {"ids": state.ids, "targets": state.targets, "size": layout.size}
     fields |= {"ranks": layout.ranks.tolist(), "scales": layout.scales.tolist(), "dropout": job.lora.lora_dropout}
     if job.init_from is not None:
         fields["init"] = hashlib.sha256(job.init_from.params.cpu().numpy().tobytes()).hexdigest()

@@ -565,6 +565,20 @@ def test_an_interrupted_job_ends_as_if_it_were_not(label, kind, request, tmp_pat
         assert [f.name for f in directory.iterdir()] == ["checkpoint.safetensors"]
 
 
+def test_an_interrupted_job_goes_on_with_another_token_budget(deterministic, tmp_path):
+    """As another device has. Passes are cut otherwise, so numbers agree to rounding; it was "a checkpoint of another
+    job" before, so that a policy's update could never go on."""
+    wanted = deterministic.train([resumable(None, 1, {"batch_size": 3})], progress=False, token_budget=40)[0]
+    trainer = deterministic.trainer(token_budget=40)
+    trainer.submit(resumable(tmp_path, 1, {"batch_size": 3}))
+    for _ in range(6):
+        trainer.step()
+    trainer = deterministic.trainer(token_budget=25)
+    result = finish(trainer, [trainer.submit(resumable(tmp_path, 1, {"batch_size": 3}))])[0]
+    assert result.num_steps == wanted.num_steps
+    torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(wanted.losses), rtol=1e-4, atol=1e-5)
+
+
 def checkpointed(engine, directory, fields=None, passes=5):
     trainer = engine.trainer(token_budget=40)
     trainer.submit(resumable(directory, 2, fields or {}))
