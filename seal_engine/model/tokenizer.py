@@ -48,6 +48,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._clean_up_spaces = clean_up_spaces
+        self._special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.special_tokens_map = dict(special_tokens_map)
         self.chat_templates = dict(chat_templates or {})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -120,6 +121,8 @@ class Tokenizer:
             if not 0 <= token_id < 2**32 or self._backend.id_to_token(token_id) is None:
                 accepted = f"an id of the vocabulary, which has {self.vocab_size} tokens"
                 raise InputError(f"ids[{position}]: found {token_id}; accepted: {accepted}")
+        if skip_special_tokens:  # by id: the library goes by the token's text, which a normalizer may have changed
+            token_ids = [i for i in token_ids if i not in self._special_ids]
         text = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         if self._clean_up_spaces:
             for spaced in SPACE_CLEAN_UPS:
@@ -131,7 +134,8 @@ class Tokenizer:
 
         Both are "" for special tokens and for ids that are not in the vocabulary.
         """
-        alone, twice = (self._backend.decode_batch([[i] * times for i in range(count)]) for times in (1, 2))
+        ids = [[] if i in self._special_ids else [i] for i in range(count)]
+        alone, twice = (self._backend.decode_batch([token * times for token in ids]) for times in (1, 2))
         return [(one, two.removeprefix(one)) for one, two in zip(alone, twice, strict=True)]
 
     @overload
@@ -235,44 +239,69 @@ def _added_token(file: Path, name: str, value: Any, **forced: bool) -> AddedToke
 
 
 def _register_special_tokens(backend: tokenizers.Tokenizer, directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Make known to `backend` the tokens that tokenizer.json left out; return the special ones by field name.
+    """Make known to `backend` the tokens that tokenizer.json left out; return the named ones by field name.
 
-    special_tokens_map.json overrides tokenizer_config.json, but only beside the older kind of tokenizer_config.json
-    that lists no added_tokens_decoder.
+    special_tokens_map.json overrides tokenizer_config.json, and added_tokens.json is read, but only beside the older
+    kind of tokenizer_config.json that lists no added_tokens_decoder.
     """
-    file = directory / "tokenizer_config.json"
+    file, map_file = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    older = "added_tokens_decoder" not in config
+    overrides = read_json(map_file, required=False) if older else {}
     sources = {name: (file, value) for name, value in config.items()}
+    sources |= {name: (map_file, value) for name, value in overrides.items()}
+    if backend.padding:
+        sources.setdefault("pad_token", (directory / "tokenizer.json", backend.padding["pad_token"]))
+    own = {name: (file, value) for name, value in config.items() if _is_named(name, value, dict)}
+    own |= {name: (map_file, value) for name, value in overrides.items() if _is_named(name, value, str | dict)}
+    own |= {name: (file, value) for name, value in config.items() if _is_named(name, value, str)}
+    further: list[AddedToken] = []
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        source, value = sources.get(name, (file, None))
+        _field(source, {name: value}, name, (list, dict), "a list of tokens, or an object of them by name")
+        if isinstance(value, dict):
+            own |= {key: (source, token) for key, token in value.items()}
+        elif value and not further:
+            further = [_added_token(source, name, token, special=True) for token in value]
+    usual = {name: sources[name] for name in SPECIAL_TOKENS if name in sources and sources[name][1] is not None}
+    named = {name: _added_token(source, name, value, special=True) for name, (source, value) in (usual | own).items()}
+
+    known = backend.get_added_tokens_decoder()
+    listed = _listed_tokens(file, config)
+    if older:
+        special = {token.content for token in (*(named[name] for name in usual), *further)}
+        listed = _older_added_tokens(directory / "added_tokens.json", special) | known
+    # In this order those that are new take the next ids; those that are known get these flags.
+    added = [listed[token_id] for token_id in sorted(listed)]
+    for token in added:
+        token.special = token.special or token.content in {token.content for token in named.values()}
+    contents = {token.content for token in (*known.values(), *added)}
+    for token in (*named.values(), *further):
+        if token.content not in contents:
+            contents.add(token.content)
+            added.append(token)
+    backend.add_tokens(added)
+    return {name: token.content for name, token in named.items()}
+
+
+def _is_named(name: str, value: Any, kind: Any) -> bool:
+    """Whether a field names a special token of the model's own, beside the usual seven, by a value of this kind."""
+    return name.endswith("_token") and name not in SPECIAL_TOKENS and isinstance(value, kind)
+
+
+def _listed_tokens(file: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     listed = _field(file, config, "added_tokens_decoder", dict, "an object of tokens by id") or {}
     if not all(token_id.isdecimal() and len(token_id) < 10 for token_id in listed):
         raise InputError(f"{file}: added_tokens_decoder: found {show(list(listed))}; accepted: ids as keys")
-    if backend.padding:
-        sources.setdefault("pad_token", (directory / "tokenizer.json", backend.padding["pad_token"]))
-    if "added_tokens_decoder" not in config:
-        map_file = directory / "special_tokens_map.json"
-        sources |= {name: (map_file, value) for name, value in read_json(map_file, required=False).items()}
+    return {int(token_id): _added_token(file, "added_tokens_decoder", token) for token_id, token in listed.items()}
 
-    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    tokens = known  # by content, in the order in which those that are new take the next ids
-    if "added_tokens_decoder" in config:
-        in_order = [_added_token(file, "added_tokens_decoder", listed[key]) for key in sorted(listed, key=int)]
-        tokens = {token.content: token for token in in_order}
-    names = {}
-    for name in SPECIAL_TOKENS:
-        source, value = sources.get(name, (file, None))
-        if value is not None:
-            token = _added_token(source, name, value, special=True)
-            names[name] = token.content
-            if token.content in tokens or token.content not in known:
-                tokens.setdefault(token.content, token).special = True
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        source, extra = sources.get(name, (file, None))
-        _field(source, {name: extra}, name, (list, dict), "a list of tokens")
-        for value in extra.values() if isinstance(extra, dict) else extra or ():
-            token = _added_token(source, name, value, special=True)
-            if token.content not in known:
-                tokens.setdefault(token.content, token)
-    backend.add_tokens(list(tokens.values()))
-    return names
+
+def _older_added_tokens(file: Path, special: set[str]) -> dict[int, AddedToken]:
+    """added_tokens.json: ids by token, as tokenizers before 2023 were saved."""
+    listed = read_json(file, required=False)
+    if not all(type(token_id) is int and 0 <= token_id < 2**32 for token_id in listed.values()):
+        raise InputError(f"{file}: found {show(listed)}; accepted: an object of tokens and their ids")
+    flags = {token: {"special": token in special, "normalized": token not in special} for token in listed}
+    return {token_id: _added_token(file, token, token, **flags[token]) for token, token_id in listed.items()}
 
 
 def read_stop_token_ids(directory: Path) -> list[int]:
