@@ -49,7 +49,7 @@ MUTABLE = (
     "endpoint_fields",
 )
 MEGABYTE = 1 << 20
-MODEL_FILES = (
+MODEL_FILES: tuple[str, ...] = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip

@@ -49,9 +49,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     for name, task in runs.TASKS.items():
         usage = "%(prog)s --out DIR [--config FILE.toml] [settings]"
         sub = tasks.add_parser(name, help=task.summary, description=task.summary, usage=usage)
-        sub.add_argument(
-            "--out", help="directory of the run; one that is there is gone on with", required=True, metavar="DIR"
-        )
+        sub.add_argument("--out", help="directory of the run; an existing run is resumed", required=True, metavar="DIR")
         sub.add_argument("--config", help="TOML file of settings; flags override it", metavar="FILE")
         _run_arguments(sub)
         for kind in runs.configs(name):
@@ -68,12 +66,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def resume_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", help="of a run that was interrupted", metavar="DIR")
+    parser.add_argument("directory", help="directory of a run that was interrupted", metavar="DIR")
     _run_arguments(parser)
 
 
 def resume(options: argparse.Namespace) -> None:
-    """Go on with a run that was interrupted."""
+    """Resume a run that was interrupted."""
     _finish(runs.resume(options.directory, *_shown(options)), options)
 
 
@@ -91,7 +89,7 @@ def _finish(directory: Path, options: argparse.Namespace) -> None:
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", help="of a run, which may still be going on", metavar="DIR")
+    parser.add_argument("directory", help="directory of a run, which may still be running", metavar="DIR")
     _run_arguments(parser)
 
 
@@ -126,7 +124,7 @@ def tiny_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tiny(options: argparse.Namespace) -> None:
-    """The shipped miniatures: train one again."""
+    """Train one of the shipped miniatures again."""
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} exists; accepted: a new or empty directory")

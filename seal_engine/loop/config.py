@@ -29,7 +29,11 @@ class LoopConfig:
     top_p: float = setting(0.95, "nucleus sampling probability of self-edits")
     max_tokens: int = setting(1024, "tokens of a self-edit at most")
     resamples: int = setting(3, "times that an invalid self-edit is sampled again")
-    keep: str = setting("best", "self-edits to learn from: the best of each context, all that gain, or the top", KEEP)
+    keep: str = setting(
+        "best",
+        "self-edits to learn from: best of each context, all that beat the model without an adapter (gain), or the top",
+        KEEP,
+    )
     keep_fraction: float = setting(0.2, "fraction of the valid self-edits to learn from, with keep = top")
     keep_reward: float = setting(0.0, "least reward of a self-edit to learn from")
     shuffle_rewards: bool = setting(False, "control experiment: every self-edit gets the reward of another one")
@@ -39,7 +43,9 @@ class LoopConfig:
     policy_lr_scheduler: str = setting("linear", "learning-rate schedule of the policy update", SCHEDULERS)
     policy_epochs: int = setting(2, "epochs of the policy update over the kept self-edits")
     policy_batch_size: int = setting(10, "self-edits per optimizer step of the policy update")
-    policy_update: str = setting("merge", "merge each update into the base, or keep it as a writing adapter", UPDATES)
+    policy_update: str = setting(
+        "merge", "merge each update into the base, or keep it as an adapter that only writes self-edits", UPDATES
+    )
     max_ungraded: float = setting(0.1, "share of missing grades or self-edits above which the run stops")
     self_edit_source: str = setting("", "source of a round's self-edits (a name that the table shows); default: policy")
     trials_per_step: int = setting(250, "adapters trained and questioned at once, then recorded as one step")

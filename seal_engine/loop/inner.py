@@ -3,7 +3,7 @@
 What the numbers of a trial depend on: the candidate's job with the trial's training seed, the weights of the base, the
 candidate's questions, and how answers are sampled. They depend neither on the other trials of a call nor on how many
 there are (to float32 rounding; in a deterministic engine bit for bit), so trials can be computed in any order, on any
-machine, and once more after a failure.
+machine that holds the same base, and once more after a failure.
 """
 
 import hashlib

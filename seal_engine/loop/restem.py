@@ -26,7 +26,7 @@ from typing import Any
 from seal_engine.engine import Engine
 from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.domain import Candidate, Domain, RunError
-from seal_engine.loop.inner import derive_seed
+from seal_engine.loop.inner import InnerLoop, derive_seed
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, PolicyUpdate, SelfEdit
 from seal_engine.loop.selection import Key, rewards_of, select
@@ -72,11 +72,13 @@ class ReSTEM:
         self.ledger = ledger
         self.log = log
         self.progress = progress
+        self.inner_loop = InnerLoop(engine, domain.answer_params, domain.grade, log, progress)
         self.policy: Adapter | None = None  # writes self-edits on top of the base; None: the base writes them
         self.steps = self._steps_of(config.seeds[0])
 
     def _steps_of(self, seed: int) -> CheckpointedSteps:
-        return CheckpointedSteps(self.engine, self.domain, self.config, self.ledger, seed, self.log, self.progress)
+        parts = self.engine, self.domain, self.config, self.ledger, self.inner_loop
+        return CheckpointedSteps(*parts, seed, self.log, self.progress)
 
     @property
     def seed(self) -> int:

@@ -38,11 +38,14 @@ class CheckpointedSteps:
         domain: Domain,
         config: LoopConfig,
         ledger: Ledger,
+        inner_loop: InnerLoop,
         seed: int,
         log: Callable[[str], None] = print,
         progress: bool = True,
     ):
-        """log: takes one line of text on what has been measured. progress: bars for what takes over a second."""
+        """inner_loop: where trials are computed. log: takes one line of text on what has been measured. progress: bars
+        for what takes over a second.
+        """
         self.engine = engine
         self.domain = domain
         self.config = config
@@ -50,7 +53,7 @@ class CheckpointedSteps:
         self.seed = seed
         self.log = log
         self.progress = progress
-        self.inner_loop = InnerLoop(engine, domain.answer_params, domain.grade, log, progress)
+        self.inner_loop = inner_loop
 
     def finished(self, phase: Phase) -> bool:
         """Whether the step that ends the phase is recorded."""

@@ -1,4 +1,4 @@
-"""The losses of `forward_backward`."""
+"""The loss of a job's part of a pass, and the losses that a Datum can ask for."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,15 @@ from torch import Tensor
 
 from seal_engine.training.jobs import Datum
 from seal_engine.types import InputError
+
+
+def job_losses(logprobs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The loss of each job's part of a pass, [jobs] float32: minus the sum of its target tokens' log-probabilities.
+
+    logprobs: [target tokens] of each job. weights: 1 / the target tokens of the whole optimizer step, so that the parts
+    of a step sum to its mean.
+    """
+    return torch.stack([-own.sum() * weight for own, weight in zip(logprobs, weights, strict=True)])
 
 
 def datum_loss(datum: Datum, logprobs: Tensor, name: str) -> Tensor:
@@ -23,10 +32,15 @@ def datum_loss(datum: Datum, logprobs: Tensor, name: str) -> Tensor:
             return None
         return torch.as_tensor(values, dtype=torch.float32).to(logprobs.device)[-len(logprobs) :]
 
+    # A token without weight or advantage is left out before anything is computed from it: 0 times infinity is NaN, in
+    # the gradient, too.
+    weights, advantages = column(datum.weights), column(datum.advantages)
+    live = torch.ones_like(logprobs, dtype=torch.bool)
+    for factor in (weights, advantages if datum.loss == "importance_sampling" else None):
+        live = live if factor is None else live & (factor != 0)
+    logprobs = torch.where(live, logprobs, 0.0)
     terms = -logprobs
-    if datum.loss == "importance_sampling":
-        old, advantages = column(datum.old_logprobs), column(datum.advantages)
-        if old is not None and advantages is not None:
-            terms = -advantages * (logprobs - old).exp()
-    weights = column(datum.weights)
+    if datum.loss == "importance_sampling" and advantages is not None:
+        old = column(datum.old_logprobs)
+        terms = -advantages * (logprobs - torch.where(live, logprobs if old is None else old, 0.0)).exp()
     return terms.mean() if weights is None else (weights * terms).sum()

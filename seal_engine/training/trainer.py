@@ -1,4 +1,4 @@
-"""Trains many jobs at once: a loop over the two verbs.
+"""Trains many jobs at once, each with its own schedule.
 
 The Trainer makes one pass per step: the next micro-step of as many resident jobs as fit the token budget, packed into
 one stream, each adapter's tokens together.
@@ -16,6 +16,7 @@ from seal_engine.model.adapters import Adapter
 from seal_engine.model.transformer import Model
 from seal_engine.training.job_checkpoint import load_checkpoint, save_checkpoint
 from seal_engine.training.jobs import TrainJob, TrainResult, TrainSequence
+from seal_engine.training.losses import job_losses
 from seal_engine.training.schedule import JobState
 from seal_engine.training.verbs import AdapterBatch, advance_adapters, target_logprobs
 from seal_engine.types import InputError, is_integer
@@ -117,7 +118,7 @@ class Trainer:
                 num_tokens += state.next_tokens
         if not chosen:
             return
-        self._forward_backward(chosen)
+        self._train_micro_steps(chosen)
         self.tokens_done += num_tokens
         done = {state.job_id for state in chosen}
         self._resident = [state for state in self._resident if state.job_id not in done] + chosen
@@ -130,7 +131,7 @@ class Trainer:
         while (state := self._admit()) is not None:
             yield state
 
-    def _forward_backward(self, chosen: list[JobState]) -> None:
+    def _train_micro_steps(self, chosen: list[JobState]) -> None:
         """One pass over the chosen jobs' next micro-steps; its losses are read by `_collect_losses`."""
         batches, weights = [], []
         for state in chosen:
@@ -142,7 +143,7 @@ class Trainer:
             batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key))
             weights.append(state.next.weight)
         logprobs = target_logprobs(self.model, batches, self.recompute)
-        losses = torch.stack([-own.sum() * weight for own, weight in zip(logprobs, weights, strict=True)])
+        losses = job_losses(logprobs, weights)
         with self._whole_or_failed(chosen):
             losses.sum().backward()
             stepping = [state for state in chosen if state.next is not None and state.next.ends_step]

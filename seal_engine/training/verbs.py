@@ -68,7 +68,7 @@ def forward_backward(
     if needs_rollback:
         before = {adapter: None if grads is None else grads.clone() for adapter, grads in before.items()}
     try:
-        return [result for chunk in parts for result in _forward_backward(model, data, chunk, recompute)]
+        return [result for chunk in parts for result in _forward_backward_chunk(model, data, chunk, recompute)]
     except BaseException:
         for adapter, grads in before.items():
             if grads is None:
@@ -78,7 +78,7 @@ def forward_backward(
         raise
 
 
-def _forward_backward(model: Model, data: Sequence[Datum], chunk: list[int], recompute: str) -> list[DatumResult]:
+def _forward_backward_chunk(model: Model, data: Sequence[Datum], chunk: list[int], recompute: str) -> list[DatumResult]:
     """`forward_backward` of the data whose numbers are in chunk, in one pass."""
     by_adapter: dict[int, list[int]] = {}
     for i in chunk:

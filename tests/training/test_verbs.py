@@ -12,6 +12,7 @@ from seal_engine import AdamParams, Datum, Engine, InputError, LoraConfig, Train
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.plan import HEADROOM, activation_bytes
 from seal_engine.training import trainer as train
+from seal_engine.training.losses import datum_loss
 from seal_engine.training.verbs import forward_backward
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -652,3 +653,30 @@ def test_jobs_that_cannot_be_trained(deterministic, fields, message):
     with pytest.raises(InputError, match=message):
         raise InputError(results[0].error)
     assert results[1].error is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"weights": [0.0, 1.0]},
+        {"loss": "importance_sampling", "old_logprobs": [-1e30, -1.0], "advantages": [0.0, 1.0]},
+        {"loss": "importance_sampling", "old_logprobs": [-1e30, -1.0], "advantages": [2.0, 1.0], "weights": [0.0, 1.0]},
+        {"loss": "importance_sampling", "old_logprobs": [-1e30, -1e30], "advantages": [0.0, 0.0]},
+    ],
+    ids=[
+        "weight 0",
+        "advantage 0 and a ratio that overflows",
+        "weight 0 and a ratio that overflows",
+        "nothing but zeros",
+    ],
+)
+@pytest.mark.parametrize("first", [-1.5, -math.inf, math.nan])
+def test_a_token_without_weight_has_no_part_in_loss_or_gradient(fields, first):
+    """Whatever its log-probability and its ratio are: 0 times infinity would be NaN, in the loss or in the gradient."""
+    logprobs = torch.tensor([first, -0.5], requires_grad=True)
+    datum = Datum(None, [1, 2, 3], **fields)
+    loss = datum_loss(datum, logprobs, "data[0].loss")
+    loss.backward()
+    assert loss.isfinite()
+    assert logprobs.grad[0] == 0
+    assert logprobs.grad.isfinite().all()
