@@ -65,16 +65,17 @@ def logprob_kernel(logits_ptr, targets_ptr, logprobs_ptr, grad_ptr, V, GRAD: tl.
     # A target that is out of range poisons its row rather than read another's memory.
     z_target = tl.load(logits_ptr + target, mask=has_target & (target < V), other=float("nan"))
     peak = tl.full((), -3e38, tl.float32)  # finite: -inf less -inf is NaN
-    others = tl.full((), 0.0, tl.float32)  # sum of exp(z - peak), the target left out: 1 - p loses digits where p ~ 1
+    total = tl.full((), 0.0, tl.float32)  # sum of exp(z - peak): of all words, whatever the target is
+    others = tl.full((), 0.0, tl.float32)  # the same, the target left out: 1 - p loses digits where p ~ 1
     # the largest logit and the sum of exponentials, in one pass
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))  # [BV]
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
-        e = tl.where(cols == target_col, 0.0, tl.exp(z - new_peak))
-        others = others * tl.exp(peak - new_peak) + tl.sum(e, axis=0)
+        e, rescale = tl.exp(z - new_peak), tl.exp(peak - new_peak)
+        total = total * rescale + tl.sum(e, axis=0)
+        others = others * rescale + tl.sum(tl.where(cols == target_col, 0.0, e), axis=0)
         peak = new_peak
-    total = others + tl.exp(z_target - peak)
     tl.store(logprobs_ptr + row, tl.where(has_target, z_target - peak - tl.log(total), 0.0))
     if GRAD:
         grad_ptr += row * V
@@ -132,16 +133,35 @@ def _forward_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor |
         rows = slice(first, min(first + chunk, T))
         h, target, z = hidden[rows].to(dtype), targets[rows, None], buffer[: rows.stop - first]
         multiply(h, weight, z)
-        peak = z.amax(1, keepdim=True)
-        z_target = z.gather(1, target).sub_(peak)
-        # The target's term is added apart: 1 - softmax would lose the digits of the gradient where softmax is near 1.
-        others = z.sub_(peak).exp_().scatter_(1, target, 0.0).sum(1, keepdim=True)
-        total = others + z_target.exp()
+        z_target, total = _log_softmax_parts(z, target)
         logprobs[rows] = (z_target - total.log()).squeeze(1)
         if unit is not None:
+            # Summed without the target: 1 - softmax would lose the digits of the gradient where softmax is near 1.
+            others = z.scatter_(1, target, 0.0).sum(1, keepdim=True)
             z.scatter_(1, target, -others)
             multiply_backward(z, weight, unit[rows]).div_(-total)
     return logprobs
+
+
+def _log_softmax_parts(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """z[n, ids[n]] - max z[n] and sum_v exp(z[n, v] - max z[n]), [N, 1]; z [N, V] becomes these exponentials.
+
+    A row's bits depend neither on the ids nor on the other rows: torch splits the sum of a single row, so that is two.
+    """
+    z.sub_(z.amax(1, keepdim=True))
+    chosen = z.gather(1, ids)
+    z.exp_()
+    total = (z.expand(2, -1) if len(z) == 1 else z).sum(1, keepdim=True)
+    return chosen, total[: len(z)]
+
+
+def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """log softmax(logits[n])[ids[n, k]], [N, K] float32, for logits [N, V] and ids [N, K] int64; no gradient.
+
+    One number for a token, whichever tokens are asked for; on the CPU that of token_logprobs on equal logits.
+    """
+    chosen, total = _log_softmax_parts(logits.detach().to(torch.float32, copy=True), ids)
+    return chosen - total.log()
 
 
 class TokenLogprobs(torch.autograd.Function):

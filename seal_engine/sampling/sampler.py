@@ -25,6 +25,7 @@ from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
 from seal_engine.sampling.scheduler import Chunk, Request, Scheduler, Sequence
 from seal_engine.types import InputError, PagedBatch, is_integer
+from seal_kernels.cross_entropy import logprobs_of
 from seal_kernels.sampling import sample_tokens
 
 
@@ -272,13 +273,13 @@ class Sampler:
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Delta]:
         """Sample the next token of each sequence from its row of the logits [N, V], and append it."""
-        adjusted, changed = self._adjust_logits(logits, sequences)
+        adjusted = self._adjust_logits(logits, sequences)
         params = [sequence.request.params for sequence in sequences]
 
         def column(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=logits.device)
 
-        tokens, logprobs = sample_tokens(
+        tokens, _ = sample_tokens(
             adjusted,
             column([p.temperature for p in params], torch.float32),
             column([min(p.top_k, logits.shape[1]) for p in params], torch.int32),
@@ -286,12 +287,9 @@ class Sampler:
             column([sequence.seed for sequence in sequences], torch.int64),
             column([len(sequence.completion.token_ids) for sequence in sequences], torch.int64),
         )
-        if changed:  # the log-probabilities that are reported are the model's own
-            sampled = tokens[changed, None].clamp_min(0)
-            logprobs[changed] = logits[changed].log_softmax(1).gather(1, sampled).squeeze(1)
-        top_logprobs = self._top_logprobs(logits, sequences)
+        logprobs, top_logprobs = self._logprobs(logits, tokens, sequences)
         deltas = []
-        for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
+        for i, (sequence, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):
             if sequence.finished:  # a hook cancelled its request, or another sequence has just failed it
                 continue
             request, completion = sequence.request, sequence.completion
@@ -302,24 +300,23 @@ class Sampler:
                 deltas.append(Delta(request.request_id, completion.index, [], "", None, request.output.error))
                 continue
             if completion.logprobs is not None:
-                completion.logprobs.append(logprob)
+                completion.logprobs.append(logprobs[i])
             if completion.top_logprobs is not None:
                 completion.top_logprobs.append(top_logprobs[i])
             deltas.append(self._append_token(sequence, token))
         return deltas
 
-    def _adjust_logits(self, logits: Tensor, sequences: list[Sequence]) -> tuple[Tensor, list[int]]:
-        """Apply hooks and min_tokens. Returns the logits, a copy if any row changed, and the rows that changed."""
-        adjusted, changed = logits, []
+    def _adjust_logits(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Apply hooks and min_tokens. Returns the logits, a copy if any row changed."""
+        adjusted = logits
         for i, sequence in enumerate(sequences):
             request, output_ids = sequence.request, sequence.completion.token_ids
             hook = request.params.logits_hook
             stop_ids = request.stop_ids if len(output_ids) < request.params.min_tokens else ()  # not to be sampled yet
             if not hook and not stop_ids:
                 continue
-            if not changed:
+            if adjusted is logits:
                 adjusted = logits.clone()
-            changed.append(i)
             if hook:
                 try:
                     adjusted[i] = hook(list(output_ids), adjusted[i].clone())
@@ -327,20 +324,29 @@ class Sampler:
                     request.output.error = f"logits_hook: {type(error).__name__}: {error}"
             if stop_ids:
                 adjusted[i, [token for token in stop_ids if 0 <= token < logits.shape[1]]] = float("-inf")
-        return adjusted, changed
+        return adjusted
 
-    def _top_logprobs(self, logits: Tensor, sequences: list[Sequence]) -> dict[int, dict[int, float]]:
-        """For each row whose request asks for them, the log-probabilities of the most likely tokens."""
+    def _logprobs(
+        self, logits: Tensor, tokens: Tensor, sequences: list[Sequence]
+    ) -> tuple[dict[int, float], dict[int, dict[int, float]]]:
+        """For each row whose request asks for them, the log-probabilities of its token and of the most likely ones.
+
+        They are the model's own, before hooks and filters, and one computation: a token that is among the most likely
+        ones has one number.
+        """
         wanted = [sequence.request.params.logprobs for sequence in sequences]
-        counts = {i: count for i, count in enumerate(wanted) if count}
+        counts = {i: count for i, count in enumerate(wanted) if count is not None}
         if not counts:
-            return {}
+            return {}, {}
+        rows = list(counts)
         k = min(max(counts.values()), logits.shape[1])
-        values, ids = logits[list(counts)].float().log_softmax(1).topk(k, dim=1)
-        top = {}
-        for (i, count), row_ids, row_values in zip(counts.items(), ids.tolist(), values.tolist(), strict=True):
-            top[i] = dict(zip(row_ids[:count], row_values[:count], strict=True))
-        return top
+        ids = torch.cat([tokens[rows, None].clamp_min(0), logits[rows].topk(k, dim=1).indices], 1)  # [rows, 1 + k]
+        values = logprobs_of(logits[rows], ids).tolist()
+        own, top = {}, {}
+        for (i, count), row_ids, row_values in zip(counts.items(), ids.tolist(), values, strict=True):
+            own[i] = row_values[0]
+            top[i] = dict(zip(row_ids[1 : 1 + count], row_values[1 : 1 + count], strict=True))
+        return own, top
 
     def _append_token(self, sequence: Sequence, token: int) -> Delta:
         """Append a token to the sequence, and finish the sequence at a stop or at its length."""
