@@ -54,7 +54,9 @@ class Engine:
         self.directory = directory
         if deterministic:
             model.batch_invariant = True
-        self.inputs = Inputs(model.config, lambda: self.tokenizer, lambda: self.end_token_id)
+        self.inputs = Inputs(
+            model.config, lambda: self.tokenizer, lambda: self.end_token_id, lambda: self.stop_token_ids
+        )
         self._seeds = count(2**63)  # of requests without one: beyond those that a request may have
         if tokenizer is not None:
             self.tokenizer = tokenizer

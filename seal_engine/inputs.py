@@ -17,13 +17,20 @@ from seal_engine.types import InputError
 class Inputs:
     """Turns sequences into token ids of one model, naming the sequence in every refusal."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Callable[[], Tokenizer], end_token_id: Callable[[], int | None]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Callable[[], Tokenizer],
+        end_token_id: Callable[[], int | None],
+        stop_token_ids: Callable[[], Sequence[int]],
+    ):
         """tokenizer: called when text is first seen; raises InputError where there is none. end_token_id: called for
-        the id that ends a training sequence.
+        the id that ends a training sequence. stop_token_ids: called for all ids that end one.
         """
         self.config = config
         self.tokenizer = tokenizer
         self.end_token_id = end_token_id
+        self.stop_token_ids = stop_token_ids
 
     def sequences(self, sequences: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Token ids of a list of texts or token id lists. Raises InputError naming the sequence."""
@@ -74,7 +81,9 @@ class Inputs:
         else:
             ids = integers(sequence, name)
         mask = [1] * len(ids) if mask is None else mask
-        if append_eos:
+        if append_eos and ids and ids[-1] in self.stop_token_ids():
+            mask = [*mask[:-1], 1]  # the sequence has its end, which is a target
+        elif append_eos:
             ids, mask = [*ids, self._end_token()], [*mask, 1]
         self._check(ids, name)
         return TrainSequence(ids, mask)
@@ -83,7 +92,7 @@ class Inputs:
         """A chat through the model's template. The loss is on what its {% generation %} blocks wrote; on every token
         if the template has none."""
         try:
-            if "generation" in (self.tokenizer().chat_template or ""):
+            if self.tokenizer().has_generation_blocks:
                 return self.tokenizer().apply_chat_template_with_mask(list(messages))
             ids = self.tokenizer().apply_chat_template(list(messages))
             return ids, [1] * len(ids)

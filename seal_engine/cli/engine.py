@@ -15,6 +15,8 @@ from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob, TrainSequence
 from seal_engine.types import InputError, LoraConfig
 
+LINE_FIELDS = {"text": str, "messages": list, "prompt": str, "completion": str}  # of an object in a .jsonl file
+LINES = "a text, a list of token ids, a chat, or an object with text, with messages, or with prompt and completion"
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -128,9 +130,7 @@ def _engine(options: argparse.Namespace) -> Engine:
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
-    data = (
-        "files, an adapter each: .jsonl (a line is a text, a list of token ids or a chat) or text (a sequence a line)"
-    )
+    data = f"files, an adapter each: .jsonl (a line is {LINES}) or text (a sequence a line)"
     parser.add_argument("--data", help=data, required=True, nargs="+", metavar="FILE")
     parser.add_argument("--out", help="new directory: an adapter in PEFT's format for each file", required=True)
     for name, kind, default, text in (
@@ -214,20 +214,25 @@ def _json_line(line: str, place: str) -> Any:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not JSON: {error}") from None
-    pair = isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("prompt", "completion"))
-    if not isinstance(value, str | list) and not pair:
-        accepted = "a text, a list of token ids, a chat, or an object with prompt and completion"
-        raise InputError(f"{place}: found {value!r:.80}; accepted: {accepted}")
-    return value
+    if isinstance(value, str | list):
+        return value
+    given = value if isinstance(value, dict) else {}
+    fields = {name: given[name] for name in LINE_FIELDS if given.get(name) is not None}
+    valid = all(isinstance(field, LINE_FIELDS[name]) for name, field in fields.items())
+    if not valid or set(fields) not in ({"text"}, {"messages"}, {"prompt", "completion"}):
+        raise InputError(f"{place}: found {value!r:.80}; accepted: {LINES}")
+    for name in ("tools", "chat_template_kwargs"):
+        if given.get(name):  # other keys are columns of the data set; these change what is trained on
+            raise InputError(f"{place}: {name}: found {given[name]!r:.80}; accepted: none")
+    return fields if "prompt" in fields else next(iter(fields.values()))
 
 
 def _with_mask(sequence: Any, engine: Engine) -> Any:
     """A pair of prompt and completion as tokens with a loss on the completion and the end; all else as it is."""
     if not isinstance(sequence, dict):
         return sequence
-    prompt = engine.tokenizer.encode(sequence["prompt"])
-    rest = engine.tokenizer.encode(sequence["completion"], add_special_tokens=False)
-    if engine.end_token_id is not None:
+    prompt, rest = engine.tokenizer.encode_pair(sequence["prompt"], sequence["completion"])
+    if engine.end_token_id is not None and (not rest or rest[-1] not in engine.stop_token_ids):
         rest.append(engine.end_token_id)
     return TrainSequence([*prompt, *rest], [0] * len(prompt) + [1] * len(rest))
 

@@ -6,13 +6,14 @@ values, and whatever it raises becomes an InputError.
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes, pass_context
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -24,7 +25,15 @@ TEMPLATE_PLACES = (
     "chat_template.jinja, additional_chat_templates/*.jinja, tokenizer_config.json's and chat_template.json's "
     "chat_template"
 )
-GENERATION_MARKER = "generation_marker"  # the template variable that tells {% generation %} blocks to mark themselves
+# Stand-ins for what a block writes, and a second for where the block writes the first: rare, and of the same kind.
+OTHER_SPACES, OTHER_LETTERS = "\u2001\u2000", "\ue000\ue001"
+# What becomes of a {% generation %} block's text. It is no variable, so that no template can see it.
+_block_writer: ContextVar[Callable[[str], str]] = ContextVar("_block_writer", default=str)
+# Arguments of Transformers' apply_chat_template that are not the template's: here, they would be lost in it.
+TRANSFORMERS_ARGUMENTS = (
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens"),
+)
 
 
 def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -50,7 +59,7 @@ def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, st
 
 
 class _GenerationBlocks(Extension):
-    """{% generation %} ... {% endgeneration %}: renders its body, between two markers where a mask is wanted."""
+    """{% generation %} ... {% endgeneration %}: renders its body, as `_block_writer` writes it."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
 
@@ -59,10 +68,8 @@ class _GenerationBlocks(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body, lineno=line)
 
-    @pass_context
-    def _mark(self, context, caller) -> str:
-        marker = context.get(GENERATION_MARKER) or ""
-        return f"{marker}{caller()}{marker}"
+    def _mark(self, caller) -> str:
+        return _block_writer.get()(caller())
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -75,8 +82,9 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 
 @lru_cache(maxsize=64)
-def _compile(source: str) -> Template:
-    """A template ready to render, in the sandbox and with the filters and functions that chat templates count on."""
+def _compile(source: str) -> tuple[Template, bool]:
+    """A template ready to render, in the sandbox and with the filters and functions that chat templates count on; and
+    whether it has a {% generation %} block."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
     )
@@ -84,9 +92,16 @@ def _compile(source: str) -> Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(source)
+        calls = environment.parse(source).find_all(nodes.ExtensionAttribute)
+        marks = any(call.identifier == _GenerationBlocks.identifier for call in calls)
+        return environment.from_string(source), marks
     except Exception as error:  # TemplateError, or what Python makes of the program that jinja2 writes
         raise InputError(f"chat_template: {type(error).__name__}: {error}") from error
+
+
+def has_generation_blocks(templates: Mapping[str, str]) -> bool:
+    """Whether the usual template has a {% generation %} block, so that a chat has a mask."""
+    return "default" in templates and _compile(templates["default"])[1]
 
 
 def render(
@@ -96,40 +111,71 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None,
     variables: Mapping[str, Any],
     add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-) -> str:
-    """The chat as the template writes it: `chat_template`, a name in `templates` or a text, else the usual one."""
+    continue_final_message: bool | str = False,
+    masked: bool = False,
+) -> tuple[str, bytes]:
+    """The chat as the template writes it, and with `masked` for each character 1 where a {% generation %} block wrote
+    it, else 0.
+
+    chat_template: a name in `templates` or a text; None: the usual one. continue_final_message: True or the field.
+    """
     source = _choose_template(templates, chat_template, tools)
     if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)):
         raise InputError(f"tools: found {show(tools)}; accepted: a list of JSON schemas, each a dict")
+    for name in TRANSFORMERS_ARGUMENTS:
+        if variables.get(name):
+            raise InputError(f"{name}: found {show(variables[name])}; accepted: none: ids come as they are, in a list")
     plain = {name: _plain(value, name) for name, value in {"documents": None, **variables, "tools": tools}.items()}
     if continue_final_message and add_generation_prompt:
         raise InputError("continue_final_message: found with add_generation_prompt; accepted: one of the two")
-    template = _compile(source)
+    template, _ = _compile(source)
     chat = _check_messages(messages)
     end_marker = secrets.token_hex(16) + " "
-    final_text = _append_to_final_message(chat, end_marker) if continue_final_message else ""
+    final_text = _append_to_final_message(chat, continue_final_message, source, end_marker)
+    variables = {**plain, "messages": chat, "add_generation_prompt": add_generation_prompt}
+    text = _rendered(template, variables, str)
+    mask = _mask(template, variables, text) if masked else b""
+    if final_text is not None:
+        text = _cut_at_marker(text, end_marker, final_text)
+    return text, mask[: len(text)]
+
+
+def _rendered(template: Template, variables: Mapping[str, Any], block_writer: Callable[[str], str]) -> str:
+    token = _block_writer.set(block_writer)
     try:
-        text = template.render({**plain, "messages": chat, "add_generation_prompt": add_generation_prompt})
+        return template.render(variables)
     except Exception as error:  # a template is foreign code: whatever it raises, it or the chat is at fault
         raise InputError(f"chat_template: {type(error).__name__}: {error}") from error
-    return _cut_at_marker(text, end_marker, final_text) if continue_final_message else text
+    finally:
+        _block_writer.reset(token)
 
 
-def render_with_mask(
-    templates: Mapping[str, str],
-    messages: Sequence[Mapping[str, Any]],
-    chat_template: str | None,
-    tools: Sequence[Mapping[str, Any]] | None,
-    variables: Mapping[str, Any],
-) -> tuple[str, bytes]:
-    """What `render` returns, and for each character 1 where a {% generation %} block wrote it, else 0."""
-    marker = secrets.token_hex(16)  # nothing in the chat can forge it
-    marked = render(templates, messages, chat_template, tools, {**variables, GENERATION_MARKER: marker})
-    pieces = marked.split(marker)  # outside, inside, outside, ...
-    if len(pieces) == 1:
+def _mask(template: Template, variables: Mapping[str, Any], text: str) -> bytes:
+    """For each character of `text`, what the template renders, 1 where a {% generation %} block wrote it.
+
+    A second rendering has another character in place of each that a block writes: a space for a space, a letter for
+    a letter, so that a template that trims or measures a block does as before.
+    """
+    blocks: list[str] = []
+
+    def write(block: str) -> str:
+        blocks.append(block)
+        return "".join(map(_other_character, block))
+
+    other = _rendered(template, variables, write)
+    if not blocks:
         raise InputError("chat_template: no {% generation %} block was rendered; a mask needs at least one")
-    return "".join(pieces), b"".join(bytes([index % 2]) * len(piece) for index, piece in enumerate(pieces))
+    pairs = list(zip(text, other, strict=False))
+    if len(text) != len(other) or any(a != b and b not in OTHER_SPACES + OTHER_LETTERS for a, b in pairs):
+        raise InputError(
+            "chat_template: what it makes of a {% generation %} block depends on its text: no mask is known"
+        )
+    return bytes(a != b for a, b in pairs)
+
+
+def _other_character(character: str) -> str:
+    pair = OTHER_SPACES if character.isspace() else OTHER_LETTERS
+    return pair[1] if character == pair[0] else pair[0]
 
 
 def _choose_template(templates: Mapping[str, str], chat_template: str | None, tools: Sequence[Mapping] | None) -> str:
@@ -180,18 +226,29 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
     return chat
 
 
-def _append_to_final_message(chat: list[dict[str, Any]], end_marker: str) -> str:
-    """Put `end_marker` behind the text that the last message ends with; return that text."""
-    content = chat[-1].get("content")
+def _append_to_final_message(
+    chat: list[dict[str, Any]], continued: bool | str, source: str, end_marker: str
+) -> str | None:
+    """Put `end_marker` behind the text that the continued field of the last message ends with; return that text."""
+    if not continued:
+        return None
+    if not isinstance(continued, bool | str):
+        raise InputError(f"continue_final_message: found {show(continued)}; accepted: true, false or a field's name")
+    name, last = continued if isinstance(continued, str) else "content", chat[-1]
+    content = last.get(name)
+    # The reasoning is there under several names; the template reads one of them.
+    names = [n for n in REASONING_FIELDS if last.get(n) == content] if name in REASONING_FIELDS else [name]
+    if not any(n in source for n in names):
+        raise InputError(f"continue_final_message: found {show(name)}, which the chat template does not read")
     if isinstance(content, str):
-        chat[-1]["content"] = content + end_marker
+        last |= dict.fromkeys(names, content + end_marker)
         return content
     for part in reversed(content if isinstance(content, (list, tuple)) else ()):
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             part["text"] += end_marker
             return part["text"].removesuffix(end_marker)
     accepted = "text, or a list with a text part, to continue"
-    raise InputError(f"messages[{len(chat) - 1}]['content']: found {show(content)}; accepted: {accepted}")
+    raise InputError(f"messages[{len(chat) - 1}][{name!r}]: found {show(content)}; accepted: {accepted}")
 
 
 def _cut_at_marker(text: str, end_marker: str, final_text: str) -> str:

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from seal_engine.files import read_json, read_text, show
-from seal_engine.model.chat_template import read_chat_templates, render, render_with_mask
+from seal_engine.model.chat_template import has_generation_blocks, read_chat_templates, render
 from seal_engine.types import InputError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -100,9 +100,34 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of `text`, with the special tokens that tokenizer.json puts around it unless told otherwise.
 
-        Special tokens spelled out in the text become their ids. Raises InputError for what is not valid text.
+        Special tokens spelled out in the text become their ids. Unlike in Transformers, a text that already begins
+        with the bos, as chat templates write it, gets no second, and one that has ended gets no further end. Raises
+        InputError for what is not valid text.
         """
-        return self._encode(text, add_special_tokens).ids
+        if not add_special_tokens:
+            return self._encode(text, add_special_tokens=False).ids
+        before, ids, after = self._encode_parts(text)
+        return before + ids + after
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """The token ids of a prompt and of its completion: together, what tokenizer.json puts around them as a text.
+
+        The two are encoded apart, so that the prompt's ids are those that sampling will meet.
+        """
+        before, ids, after = self._encode_parts(prompt)
+        start, rest, end = self._encode_parts(completion)
+        return (before if ids else start) + ids, rest + (end if rest else after)
+
+    def _encode_parts(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """The ids of `text`, between the special tokens to put before and after it (all before, if it is empty)."""
+        encoding = self._encode(text, add_special_tokens=True)
+        added, ids = encoding.special_tokens_mask, encoding.ids  # 1: added, not of the text
+        if 0 not in added:
+            return ids, [], []
+        first, last = added.index(0), len(added) - added[::-1].index(0)
+        before, ids, after = ids[:first], ids[first:last], ids[last:]
+        begun, ended = ids[:1] == before[:1], ids[-1] in (*after[-1:], *self.stop_token_ids)
+        return [] if begun else before, ids, [] if ended else after
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, skip_unknown: bool = False) -> str:
         """The text of a list, tuple, one-dimensional tensor or array of token ids.
@@ -162,7 +187,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = False,
         tokenize: bool = True,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
@@ -171,7 +196,7 @@ class Tokenizer:
 
         messages                 dicts with "role" and what else the template reads; keys with value None are dropped
         add_generation_prompt    end with the header of an assistant's answer
-        continue_final_message   end inside the last message, for the model to go on with it
+        continue_final_message   end inside the last message, for the model to go on with it: True, or the field
         chat_template            a template's name or its text, in place of the tokenizer's own
         tools                    JSON schemas; they select the template named "tool_use" where there is one
         kwargs                   further variables for the template; they override special tokens of the same name
@@ -180,7 +205,7 @@ class Tokenizer:
         the template refuses, and for a template that is absent, malformed or reaches outside the sandbox.
         """
         variables = self.special_tokens_map | kwargs
-        text = render(
+        text, _ = render(
             self.chat_templates,
             messages,
             chat_template,
@@ -191,19 +216,38 @@ class Tokenizer:
         )
         return self._encode(text, add_special_tokens=False).ids if tokenize else text
 
+    @property
+    def has_generation_blocks(self) -> bool:
+        """Whether the usual chat template marks what an assistant writes, so that a chat has a mask."""
+        return has_generation_blocks(self.chat_templates)
+
     def apply_chat_template_with_mask(
         self,
         messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        continue_final_message: bool | str = False,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> tuple[list[int], list[int]]:
         """The token ids of a chat, and for each 1 where a {% generation %} block of the template wrote it, else 0.
 
-        Takes and raises what `apply_chat_template` does, and InputError for a chat without a {% generation %} block.
+        Takes and raises what `apply_chat_template` does, whose ids these are. InputError, too, for tokenize=False, and
+        for a chat without a {% generation %} block or whose blocks the template works on.
         """
-        variables = self.special_tokens_map | kwargs
-        text, inside = render_with_mask(self.chat_templates, messages, chat_template, tools, variables)
+        if not tokenize:
+            raise InputError(f"tokenize: found {show(tokenize)}; accepted: True: a mask is of tokens")
+        text, inside = render(
+            self.chat_templates,
+            messages,
+            chat_template,
+            tools,
+            self.special_tokens_map | kwargs,
+            add_generation_prompt,
+            continue_final_message,
+            masked=True,
+        )
         encoding = self._encode(text, add_special_tokens=False)
         # Some post-processors trim spaces off the offsets; a token that is all spaces keeps only its end.
         return encoding.ids, [int(any(inside[start - (start == end) : end])) for start, end in encoding.offsets]
