@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from seal_engine.files import show
+from seal_engine.files import read_json, show
 from seal_engine.inputs import Inputs
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.adapters import Adapter
@@ -26,6 +25,7 @@ from seal_engine.model.peft_config import read_peft_config
 from seal_engine.model.tokenizer import Tokenizer, read_stop_token_ids
 from seal_engine.model.transformer import Model
 from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
+from seal_engine.progress import reporting
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
 from seal_engine.sampling.sampler import Sampler
@@ -36,6 +36,13 @@ from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_in
 
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
+# Settings of generation_config.json that change what is sampled, and the values that change nothing.
+UNSUPPORTED_SAMPLING = {
+    "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "sequence_bias": None, "guidance_scale": None, "penalty_alpha": None,
+}  # fmt: skip
 MAX_NUM_SEQS = 256  # completions sampled at once
 
 
@@ -264,6 +271,22 @@ class Engine:
         own = self.tokenizer.eos_token_id if self.has_tokenizer else None
         return own if own is not None else next(iter(self.stop_token_ids), None)
 
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What the checkpoint's generation_config.json says of sampling, as fields of SamplingParams.
+
+        Without do_sample that is greedy decoding, as in Transformers. InputError for a setting that is not supported.
+        """
+        if self.directory is None:
+            return {}
+        file = self.directory / "generation_config.json"
+        values = read_json(file, required=False)
+        for name, neutral in UNSUPPORTED_SAMPLING.items():
+            accepted = f"{neutral}: it is not supported"
+            require(values.get(name) in (None, neutral), f"{file}: {name}", values.get(name), accepted)
+        if values.get("do_sample") is not True:
+            return {"temperature": 0.0}
+        return {name: values[name] for name in ("temperature", "top_p", "top_k") if values.get(name) is not None}
+
     def sampler(self, num_blocks: int | None = None, stream: bool = False, max_num_seqs: int = MAX_NUM_SEQS) -> Sampler:
         """A Sampler over this engine's model with a K/V cache of its own: add requests, step, poll.
 
@@ -387,15 +410,13 @@ class Engine:
 
 
 def _run_to_end(worker: Trainer | Sampler, count: int, unit: str, title: str, progress: bool) -> None:
-    """Step until all is done, under a bar if that takes over a second."""
-    with tqdm(total=count, unit=unit, desc=title, delay=1.0, leave=False, disable=not progress) as bar:
-        start = perf_counter()
+    """Step until all is done, reporting progress."""
+    start = perf_counter()
+    with reporting(count, unit, title, progress) as report:
         while worker.busy:
             worker.step()
-            bar.n = worker.num_done
             rate = worker.tokens_done / (perf_counter() - start)
-            bar.set_postfix_str(f"{worker.num_resident} resident, {rate:,.0f} tokens/s", refresh=False)
-            bar.update(0)
+            report(worker.num_done, f"{worker.num_resident} resident, {rate:,.0f} tokens/s")
 
 
 def _deltas(sampler: Sampler) -> Iterator[Delta]:

@@ -1,14 +1,20 @@
 """Reading JSON that people wrote, and files and directories that appear complete or not at all."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from seal_engine.types import InputError
 
@@ -70,6 +76,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. OSError where that fails; the library has an error class of its own for a full disk."""
+    try:
+        save_file(dict(tensors), file, dict(metadata))
+    except SafetensorError as error:
+        code = re.search(r"(?:os error|code:) (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(file)) from None
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """InputError naming the path where the disk refuses what the block writes; it may be full."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
 @contextmanager
 def complete_file(file: Path) -> Iterator[Path]:
     """A name to write to; it becomes `file`, its bytes on the disk, if the block succeeds, and vanishes if it fails."""
@@ -84,11 +109,8 @@ def complete_file(file: Path) -> Iterator[Path]:
 
 def replace_file(file: Path, content: bytes) -> Path:
     """Write a file that appears whole or not at all. InputError where it cannot be written."""
-    try:
-        with complete_file(file) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror}") from None
+    with write_errors(file), complete_file(file) as partial:
+        partial.write_bytes(content)
     return file
 
 
@@ -103,7 +125,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def complete_directory(directory: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `directory` if the block succeeds and vanishes if it fails."""
+    """A temporary directory that becomes `directory` if the block succeeds and vanishes if it fails.
+
+    InputError for a directory that is neither new nor empty.
+    """
     try:
         directory = Path(os.path.realpath(directory))  # a link to an empty directory is one
         if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):

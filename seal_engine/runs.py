@@ -28,7 +28,7 @@ from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
-from seal_engine.types import InputError, require, setting
+from seal_engine.types import InputError, renamed_errors, require, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FILES = (
@@ -143,7 +143,8 @@ def start(
     engine = Engine.from_pretrained(
         engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic
     )
-    adapter_layout(engine.config, own.lora)  # targets that the model lacks are refused now
+    with renamed_errors({"lora.target_modules": "targets"}):
+        adapter_layout(engine.config, own.lora)  # targets that the model lacks are an error now, not in hours
     fixed = getattr(own, "grader", "") != "model" or loop.policy_update == "adapter" or not loop.rounds
     require(fixed, "grader", "model", "it with policy_update 'adapter': a merge would change who grades")
     domain = TASKS[task].make(own, engine)

@@ -19,6 +19,7 @@ kernel's tiles, BT stands for BLOCK_T, and so on.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,3 +158,18 @@ def require_integers(owner: Any, **minimum: int) -> None:
     for name, least in minimum.items():
         value = getattr(owner, name)
         require(is_integer(value) and value >= least, name, value, f"an integer >= {least}")
+
+
+@contextmanager
+def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """An InputError of the block names a field as the user knows it. names: field -> the setting or flag for it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(rename_field(str(error), names)) from None
+
+
+def rename_field(message: str, names: Mapping[str, str]) -> str:
+    """An InputError's message with the field that it begins with renamed, if `names` has it."""
+    field_name, colon, rest = message.partition(":")
+    return names.get(field_name, field_name) + colon + rest

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # of one line do not import each other.
 ROOMS = [
     {"types"},
-    {"files"},
+    {"files", "progress"},
     {"model"},
     {"plan"},
     {"training.jobs", "sampling.requests"},  # what callers hand over: types that cross rooms

@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[2]
 TESTS = {
     "demo": ["tiny"],
     "demo_few_shot": ["tiny_puzzles"],
+    "sample": ["sampler", "scheduler", "text"],
     "scaling": ["train"],
-    "seal_round": ["train", "sample", "bench"],
+    "seal_round": ["train", "sampler", "bench"],
 }
 SPEEDS = ("tokens_per_s",)
 MEASURES = ("seconds", "ms", "us", *SPEEDS)  # what revisions are compared by: the first that a row has
@@ -87,10 +88,10 @@ def tests_of(name: str) -> list[str]:
     if not known:
         raise InputError(f"bench: found no benchmarks in {ROOT}; accepted: a checkout of the repository")
     require(name in known, "bench", name, f"one of {known}")
-    files = [f"tests/{place}test_{own}.py" for own in TESTS.get(name, [name]) for place in ("", "kernels/")]
-    files = [file for file in files if (ROOT / file).exists()]
-    require(bool(files), f"bench {name}", "no tests", f"tests/test_{name}.py or tests/kernels/test_{name}.py")
-    return files
+    stems = TESTS.get(name, [name])
+    files = [file for stem in stems for file in sorted((ROOT / "tests").rglob(f"test_{stem}.py"))]
+    require(bool(files), f"bench {name}", "no tests", f"test_{name}.py in tests or a folder of it")
+    return [str(file.relative_to(ROOT)) for file in files]
 
 
 def measure(name: str, given: Sequence[str], tree: Path, out: Path) -> dict[str, Any]:

@@ -13,10 +13,26 @@ from seal_engine.model.config import DTYPES, ModelConfig
 from seal_engine.plan import RECOMPUTE, Plan, make_plan
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob, TrainSequence
-from seal_engine.types import InputError, LoraConfig
+from seal_engine.types import InputError, LoraConfig, rename_field, renamed_errors
 
 LINE_FIELDS = {"text": str, "messages": list, "prompt": str, "completion": str}  # of an object in a .jsonl file
 LINES = "a text, a list of token ids, a chat, or an object with text, with messages, or with prompt and completion"
+SAMPLING_FLAGS = {  # field of SamplingParams -> type and help
+    "n": (int, "samples of each prompt"),
+    "temperature": (float, "0: greedy"),
+    "top_p": (float, "nucleus sampling probability"),
+    "top_k": (int, "sample from this many most likely tokens; 0: from all"),
+    "max_tokens": (int, "maximum length of a sample, in tokens"),
+    "seed": (int, "random seed of every prompt"),
+}
+FLAGS = {name: f"--{name.replace('_', '-')}" for name in (*SAMPLING_FLAGS, "stop", "learning_rate", "batch_size")} | {
+    "num_epochs": "--epochs",
+    "lora.r": "--rank",
+    "lora.lora_alpha": "--alpha",
+    "lora.lora_dropout": "--dropout",
+    "lora.target_modules": "--targets",
+    "sequences": "--data",
+}
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -172,25 +188,30 @@ def train(options: argparse.Namespace) -> None:
         )
         for file in files
     ]
-    for job in jobs:
-        job.check()
+    with renamed_errors(FLAGS):
+        for job in jobs:
+            job.check()
     engine = _engine(options)
     jobs = [replace(job, sequences=[_with_mask(sequence, engine) for sequence in job.sequences]) for job in jobs]
     report, failed = {}, []
     for file, result in zip(files, engine.train(jobs, progress=not options.quiet), strict=True):
-        if result.adapter is None:
-            failed.append(f"{file}: {result.error}")
-        else:
-            result.adapter.save(out / file.stem)
+        error = None if result.error is None else rename_field(result.error, FLAGS)
+        if result.adapter is not None:
+            try:
+                result.adapter.save(out / file.stem)
+            except InputError as failure:  # such as a full disk: the others may still be written
+                error = str(failure)
+        if error is not None:
+            failed.append(f"{file}: {error}")
         loss = result.losses[-1] if result.losses else None
         report[str(file)] = {
             "steps": result.num_steps,
             "tokens": result.num_tokens,
             "loss": loss,
-            "error": result.error,
+            "error": error,
         }
         if not options.quiet:
-            shown = result.error or f"{result.num_steps} steps, {result.num_tokens} tokens, last loss {loss:.4f}"
+            shown = error or f"{result.num_steps} steps, {result.num_tokens} tokens, last loss {loss:.4f}"
             print(f"{file}: {shown}")
     if options.json:
         print(json.dumps({"out": str(out), "adapters": report}))
@@ -243,34 +264,33 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="file: a text a line, or .jsonl as for train", metavar="FILE")
     parser.add_argument("--adapter", help="PEFT directories: all prompts go to each", nargs="*", default=[])
     parser.add_argument("--chat", help="send prompts as a user's turn of the chat template", action="store_true")
-    for name, kind, default, text in (
-        ("--n", int, 1, "samples of each prompt"),
-        ("--temperature", float, 1.0, "0: greedy"),
-        ("--top-p", float, 1.0, "nucleus sampling"),
-        ("--top-k", int, 0, "0: off"),
-        ("--max-tokens", int, 64, "of a sample"),
-        ("--seed", int, None, "of every prompt"),
-    ):
-        shown = "" if default is None else " (default: %(default)s)"
-        parser.add_argument(name, type=kind, default=default, help=text + shown, metavar="X")
+    for name, (kind, text) in SAMPLING_FLAGS.items():
+        default = getattr(SamplingParams, name)
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown, metavar="X")
+    parser.add_argument(
+        "--sampling-defaults",
+        choices=("vllm", "model"),
+        default="vllm",
+        help="where settings come from that are not given: the defaults above, or the model's generation_config.json",
+    )
     parser.add_argument("--stop", help="text that ends a sample", action="append", metavar="TEXT")
 
 
 def generate(options: argparse.Namespace) -> None:
     """Continue prompts with the base or with adapters, all at once."""
-    params = SamplingParams(
-        n=options.n,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        seed=options.seed,
-    )
     prompts = [*options.prompt, *(read_sequences(Path(options.prompts)) if options.prompts else [])]
     if not prompts:
         raise InputError("--prompt: found none; accepted: at least one --prompt TEXT, or --prompts FILE")
     engine = _engine(options)
+    given = {name: value for name in SAMPLING_FLAGS if (value := getattr(options, name)) is not None}
+    if options.sampling_defaults == "model":
+        defaults = engine.sampling_defaults()
+        if not options.quiet:
+            print(f"the model's own sampling defaults: {defaults}")
+        given = defaults | given
+    with renamed_errors(FLAGS):
+        params = SamplingParams(stop=options.stop, **given)
     if options.chat:
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         prompts = [engine.tokenizer.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]

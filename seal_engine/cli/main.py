@@ -1,9 +1,12 @@
 """The command line. A verb is a function that adds its arguments, and one that runs it; VERBS lists them.
 
-A user's mistake is one line on stderr and exit status 2; a run that could not go on is one line and 1.
+A user's mistake is one line on stderr and exit status 2, and so is a full disk; a run that could not go on is one line
+and 1. A reader that leaves (`seal-engine ... | head`) ends the program quietly.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -28,12 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         options.execute(options)
+        sys.stdout.flush()  # a reader that has left is noticed here, not when the interpreter ends
     except InputError as error:
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own last flush
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _fail(error, 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; a run goes on with the same command", 130)
+        goes_on = options.verb in RESUMED
+        return _fail("interrupted" + ("; the same command goes on with the run" if goes_on else ""), 130)
     return 0
 
 
@@ -49,6 +59,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
+RESUMED = ("demo", "run", "resume")  # verbs whose work is recorded as it is done
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "demo": (run.demo_arguments, run.demo),
     "run": (run.run_arguments, run.run),

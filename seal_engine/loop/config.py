@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob, TrainSequence
-from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require, require_integers, setting
+from seal_engine.types import LoraConfig, is_integer, is_number, renamed_errors, require, require_integers, setting
 
 KEEP = ("best", "gain", "top")
 UPDATES = ("merge", "adapter")
@@ -64,10 +64,10 @@ class LoopConfig:
         require(self.keep in KEEP, "keep", self.keep, f"one of {list(KEEP)}")
         require(self.policy_update in UPDATES, "policy_update", self.policy_update, f"one of {list(UPDATES)}")
         _ = self.sampling_params
-        try:
+        same = {name: f"policy_{name}" for name in ("learning_rate", "lr_scheduler", "batch_size")}
+        names = {"num_epochs": "policy_epochs", "lora.r": "policy_rank", "lora.lora_alpha": "policy_alpha"}
+        with renamed_errors(same | names):
             self.policy_job([TrainSequence([0, 0])]).check()
-        except InputError as error:
-            raise InputError(f"policy_{str(error).removeprefix('lora.')}") from None
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from seal_engine.files import complete_directory, read_json, show
+from seal_engine.files import complete_directory, read_json, save_tensors, show, write_errors
 from seal_engine.model.adapter_layout import adapter_layout, module_name, projection_sizes
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.peft_config import read_peft_config
@@ -147,9 +147,9 @@ class Adapter:
         for name, a, b in self.projections():
             tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.cpu().contiguous()
             tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.T.cpu().contiguous()
-        with complete_directory(Path(directory)) as partial:
+        with write_errors(Path(directory)), complete_directory(Path(directory)) as partial:
             (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_tensors(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
 
     @staticmethod
     def load(directory: str | Path, model: ModelConfig, device: torch.device) -> "Adapter":

@@ -174,7 +174,8 @@ def _fill(model: Model, stored: dict[str, StoredTensor], directory: Path) -> Non
     places = sorted(
         ((stored[name], view) for name, view in model.named_tensors()), key=lambda p: (p[0].file, p[0].start)
     )
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {directory.name}", delay=1.0) as progress:
+    title = f"Loading {directory.name}"
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, delay=1.0, disable=None) as progress:
         mapped, file = None, None
         try:
             for source, view in places:

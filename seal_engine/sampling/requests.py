@@ -18,9 +18,9 @@ class SamplingParams:
     n: int = 1  # completions of the same prompt
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0  # sample from the fewest most likely tokens that have this much probability together
-    top_k: int = 0  # sample from this many most likely tokens; 0: from all
+    top_k: int = 0  # sample from this many most likely tokens; 0 or -1: from all
     max_tokens: int | None = 64  # None: as many as the model's length leaves
-    min_tokens: int = 0  # tokens before a stop id may be sampled
+    min_tokens: int = 0  # tokens before a stop id may be sampled, or a stop text may end it
     stop: str | Sequence[str] | None = None  # texts that end a completion and are cut off
     stop_token_ids: Sequence[int] | None = None  # ids that end a completion, beside the model's own
     ignore_eos: bool = False  # the model's own stop ids do not end a completion
@@ -30,7 +30,7 @@ class SamplingParams:
     logits_hook: LogitsHook | None = None
 
     def __post_init__(self):
-        require_integers(self, n=1, top_k=0, min_tokens=0)
+        require_integers(self, n=1, top_k=-1, min_tokens=0)
         if self.max_tokens is not None:
             valid = is_integer(self.max_tokens) and self.max_tokens >= 1
             require(valid, "max_tokens", self.max_tokens, "None or an integer >= 1")

@@ -282,7 +282,7 @@ class Sampler:
         tokens, _ = sample_tokens(
             adjusted,
             column([p.temperature for p in params], torch.float32),
-            column([min(p.top_k, logits.shape[1]) for p in params], torch.int32),
+            column([min(max(0, p.top_k), logits.shape[1]) for p in params], torch.int32),
             column([p.top_p for p in params], torch.float32),
             column([sequence.seed for sequence in sequences], torch.int64),
             column([len(sequence.completion.token_ids) for sequence in sequences], torch.int64),
@@ -356,7 +356,7 @@ class Sampler:
         reason = "stop" if token in request.stop_ids else None
         if reason is None and detokenizer is not None:
             stop_at = detokenizer.add(token)
-            if stop_at is not None:
+            if stop_at is not None and len(completion.token_ids) > request.params.min_tokens:
                 reason, completion.text = "stop", detokenizer.text[:stop_at]
         if reason is None and len(sequence.token_ids) >= request.max_total_tokens:
             reason = "length"

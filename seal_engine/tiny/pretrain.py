@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from seal_engine.files import complete_directory
+from seal_engine.progress import reporting
 from seal_engine.tiny.world import (
     LAST,
     READING_PROMPT,
@@ -267,7 +267,7 @@ def optimise(
         optimizer, lambda step: min(1.0, (step + 1) / recipe.warmup_steps) * (1 + math.cos(math.pi * step / total)) / 2
     )
     num_tokens, losses = 0, []
-    with tqdm(total=total, unit="step", desc="Pretraining", disable=not progress) as bar:
+    with reporting(total, "step", "Pretraining", progress) as report:
         for stage, (steps, source) in enumerate(sources, 1):
             for _ in range(steps):
                 tokens, doc, weights = packer.batch(source)
@@ -279,8 +279,7 @@ def optimise(
                 schedule.step()
                 num_tokens += int((doc > 0).sum())
                 losses.append(loss.item())
-                bar.update()
-                bar.set_postfix_str(f"stage {stage}, loss {fmean(losses[-50:]):.3f}", refresh=False)
+                report(len(losses), f"stage {stage}, loss {fmean(losses[-50:]):.3f}")
     return {"steps": total, "tokens": num_tokens, "loss": fmean(losses[-50:])}
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from seal_engine.files import complete_file
+from seal_engine.files import complete_file, save_tensors
 from seal_engine.training.schedule import JobState
 from seal_engine.types import InputError
 
@@ -44,8 +43,8 @@ def save_checkpoint(state: JobState) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with complete_file(directory / "checkpoint.safetensors") as partial:
-            save_file(tensors, partial, metadata={"fingerprint": _fingerprint(state)})
-    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+            save_tensors(tensors, partial, {"fingerprint": _fingerprint(state)})
+    except OSError as error:
         raise InputError(f"checkpoint_dir: {directory}: cannot be written: {error}") from None
 
 

@@ -243,7 +243,7 @@ def test_other_packages_than_those_asked_for_are_refused(checkout, tmp_path):
 
 MISTAKES = {
     "benchmark": (["fly"], "bench: found 'fly'; accepted: one of ['toy', 'untested']"),
-    "no tests": (["untested"], "bench untested: found 'no tests'; accepted: tests/test_untested.py or"),
+    "no tests": (["untested"], "bench untested: found 'no tests'; accepted: test_untested.py in tests"),
     "passages": (["toy", "--passages", "0"], "--passages: found 0; accepted: an integer >= 1"),
     "record": (["toy", "--record", __file__], f"--record: found {__file__!r}; accepted: a directory"),
     "revision": (["toy", "--compare", "--all"], "argument --compare: expected one argument"),
@@ -267,3 +267,10 @@ def test_it_needs_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verbs_bench, "ROOT", tmp_path)
     assert main(["bench"]) == 2
     assert "accepted: a checkout of the repository" in capsys.readouterr().err
+
+
+def test_every_benchmark_of_the_repository_has_its_tests():
+    """They run before anything is measured; a benchmark whose tests moved once could not be run at all."""
+    for file in sorted(BENCHMARKS.glob("bench_*.py")):
+        for test in verbs_bench.tests_of(file.stem.removeprefix("bench_")):
+            assert (BENCHMARKS.parent / test).is_file()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import oracle
-from seal_engine import Engine, SamplingParams
+from seal_engine import Engine, InputError, SamplingParams
 from seal_engine.model.tokenizer import Tokenizer
 from seal_engine.sampling.detokenizer import Detokenizer
 
@@ -268,3 +268,26 @@ def test_text_without_a_tokenizer(engine):
     deltas = list(engine.stream([[1, 2]], params(seed=0)))
     assert [token for delta in deltas for token in delta.token_ids] == wanted.outputs[0].token_ids
     assert "".join(delta.text for delta in deltas) == ""
+
+
+def test_a_stop_text_waits_for_min_tokens(talker):
+    """As vLLM has it: the first min_tokens tokens end nothing, neither by a stop id nor by a stop text."""
+    (free,) = talker.generate([[5, 6, 7]], params(max_tokens=30, seed=1), progress=False)
+    text = free.outputs[0].text
+    stop = text[2:4]
+    early, late = (
+        talker.generate([[5, 6, 7]], params(max_tokens=30, seed=1, stop=[stop], min_tokens=n), progress=False)[
+            0
+        ].outputs[0]
+        for n in (0, 20)
+    )
+    assert len(early.token_ids) <= 20 < len(late.token_ids)
+    assert late.token_ids == free.outputs[0].token_ids[: len(late.token_ids)]
+
+
+def test_top_k_of_minus_one_is_no_filter(talker):
+    """The way in which vLLM's clients write it."""
+    outs = [talker.generate([[5, 6]], params(top_k=k, seed=3, max_tokens=8), progress=False)[0] for k in (0, -1)]
+    assert outs[0].outputs == outs[1].outputs
+    with pytest.raises(InputError, match="top_k: found -2"):
+        params(top_k=-2)

@@ -20,7 +20,7 @@ from seal_engine.engine import Engine
 from seal_engine.loop.domain import Candidate, InvalidSelfEditError, Prompt, SelfEditSource
 from seal_engine.sampling.requests import LogitsHook, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob
-from seal_engine.types import LoraConfig, is_integer, require, require_integers, setting
+from seal_engine.types import LoraConfig, is_integer, renamed_errors, require, require_integers, setting
 
 log = logging.getLogger("seal_engine")
 # What the published recipe sets otherwise than for the knowledge task: see LoopConfig.
@@ -85,7 +85,8 @@ class FewShotConfig:
             parse(self.fixed_directive)
         for directive in self.grid():
             parse(directive.to_json())
-        self.job([[0, 0]], 1e-4, 1).check()
+        with renamed_errors({"lora.r": "rank", "lora.lora_alpha": "alpha", "lora.target_modules": "targets"}):
+            self.job([[0, 0]], 1e-4, 1).check()
 
     @property
     def lora(self) -> LoraConfig:

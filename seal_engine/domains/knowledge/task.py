@@ -27,7 +27,13 @@ from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import SelfEdit, Trial
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob
-from seal_engine.types import InputError, LoraConfig, require, require_integers, setting
+from seal_engine.types import InputError, LoraConfig, renamed_errors, require, require_integers, setting
+
+# Fields of a TrainJob -> the settings that they come from.
+JOB_SETTINGS = {
+    "num_epochs": "epochs", "lora.r": "rank", "lora.lora_alpha": "alpha", "lora.lora_dropout": "dropout",
+    "lora.target_modules": "targets",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class KnowledgeConfig:
         needs = self.grader == "endpoint" or self.endpoint_self_edits > 0
         require(bool(self.endpoint) or not needs, "endpoint", self.endpoint, "a URL, as grader or self-edits need one")
         self._endpoint_fields()
-        self.job(["text"]).check()
+        with renamed_errors(JOB_SETTINGS):
+            self.job(["text"]).check()
 
     @property
     def lora(self) -> LoraConfig:
