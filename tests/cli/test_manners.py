@@ -37,7 +37,7 @@ def test_a_full_disk_is_one_line_and_its_job_fails_alone(data, tmp_path, monkeyp
 
     def save(tensors, file, metadata):
         if file.parts[-2].endswith("a"):
-            raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
         return whole(tensors, file, metadata)
 
     whole = files.save_file
@@ -138,7 +138,6 @@ def test_a_models_own_sampling_defaults_are_used_where_asked(tmp_path, capsys):
     run = ["generate", "--model", str(tmp_path / "model"), "--prompt", "Ann", "--max-tokens", "2"]
     assert main([*run, "--sampling-defaults", "model", "--temperature", "0"]) == 0
     assert "defaults: {'temperature': 0.6, 'top_p': 0.9, 'top_k': 20}" in capsys.readouterr().out
-    )
     file.write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     assert Engine.from_pretrained(tmp_path / "model").sampling_defaults() == {"temperature": 0.0}  # greedy
     file.write_text(json.dumps(given | {"repetition_penalty": 1.1}))
