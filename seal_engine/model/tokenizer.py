@@ -112,7 +112,7 @@ class Tokenizer:
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """The token ids of a prompt and of its completion: together, what tokenizer.json puts around them as a text.
 
-        The two are encoded apart, so that the prompt's ids are those that sampling will meet.
+        The two are encoded apart, so that no token spans both.
         """
         before, ids, after = self._encode_parts(prompt)
         start, rest, end = self._encode_parts(completion)

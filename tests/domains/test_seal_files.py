@@ -345,7 +345,7 @@ BAD = {
     "no JSON": ("title: T", "not JSON: Expecting value: line 1 column 1"),
     "lines of JSON": (f"{json.dumps(DATASET[0])}\n" * 2, "not JSON: Extra data: line 2 column 1"),
     "truncated": (json.dumps(DATASET)[:-20], "not JSON: "),
-    "a byte order mark": (b"\xef\xbb\xbf" + json.dumps(DATASET).encode(), "not JSON: Unexpected UTF-8 BOM"),
+    "two byte order marks": (b"\xef\xbb\xbf" * 2 + json.dumps(DATASET).encode(), "not JSON: Unexpected UTF-8 BOM"),
     "not UTF-8": (json.dumps(DATASET).replace("A passage", "Ä passage").encode("latin-1"), "bytes that are not UTF-8"),
     "binary": (bytes(range(256)), "bytes that are not UTF-8"),
     "compressed": (b"\x1f\x8b\x08\x00" + b"\x00" * 50, "bytes that are not UTF-8"),
