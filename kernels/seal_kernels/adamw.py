@@ -54,7 +54,7 @@ def _slot(slots_ptr, slot, ALIGNED: tl.constexpr):
 def square_sums_kernel(
     slots_ptr, sums_ptr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+):
     slot = tl.program_id(1).to(tl.int64)
     _, g_ptr, _, _, size = _slot(slots_ptr, slot, ALIGNED)
     first = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
@@ -73,7 +73,7 @@ def norm_kernel(
     slots_ptr, sums_ptr, norms_ptr,
     programs,
     SPAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     slot = tl.program_id(0).to(tl.int64)
     count = tl.cdiv(tl.load(slots_ptr + slot * 5 + 4), SPAN).to(tl.int32)
     acc = tl.zeros([BLOCK], dtype=tl.float32)
@@ -87,7 +87,7 @@ def norm_kernel(
 def adamw_kernel(
     slots_ptr, hyper_ptr, norms_ptr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+):
     slot = tl.program_id(1).to(tl.int64)
     p_ptr, g_ptr, m_ptr, v_ptr, size = _slot(slots_ptr, slot, ALIGNED)
     first = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
@@ -139,7 +139,7 @@ def _step_triton(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
     columns = (
         1 - rate * decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5,
         1 - beta1, beta2, 1 - beta2, eps, max_norm,
-    )  # fmt: skip
+    )
     numbers = torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)).to(device)
     programs = ceil_div(int(table[:, 4].max()), SPAN)
     table = torch.from_numpy(table).to(device)
@@ -166,7 +166,7 @@ def _step_cpu(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
                 lr=hyper.learning_rate[s], beta1=hyper.beta1[s], beta2=hyper.beta2[s], eps=hyper.eps[s],
                 weight_decay=hyper.weight_decay[s], amsgrad=False, maximize=False,
                 grad_scale=None if limit is None or norm + 1e-6 <= limit else (norm + 1e-6) / limit,
-            )  # fmt: skip
+            )
         g.zero_()
     return torch.stack(norms)
 

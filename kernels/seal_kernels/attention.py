@@ -107,7 +107,7 @@ def _attend(
     acc, l_i, m_i, q, k_ptr, v_ptr, m0, n0, length, window, scale2, stride_kt, stride_vt,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
+):
     """(acc, l_i, m_i) with one more block of keys: the sums of p v and of p, and the largest score."""
     # compute q k^T
     k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)  # [BN, BE]
@@ -128,7 +128,7 @@ def attention_forward_kernel(
     T, group, window, scale2,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """A program makes out and lse of BLOCK_M queries of one head. The last queries, with the most keys, start first."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
@@ -148,14 +148,14 @@ def attention_forward_kernel(
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, k_ptr, v_ptr, m0, first + (edge + block) * BLOCK_N, length, window, scale2,
             stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=False,
-        )  # fmt: skip
+        )
     # keys at the window's edge and on the diagonal
     for block in range(edge + diagonal):
         n0 = first + tl.where(block < edge, block, block + full) * BLOCK_N
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, k_ptr, v_ptr, m0, n0, length, window, scale2,
             stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=True,
-        )  # fmt: skip
+        )
     if HAS_WINDOW:
         l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row past the end, which is not stored, may see nothing
     out = out_ptr + start * stride_ot + head * E
@@ -169,7 +169,7 @@ def attention_delta_kernel(
     out_ptr, dout_ptr, delta_ptr,
     T, H,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """delta_i = out_i . dout_i for BLOCK_M tokens of one head per program."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_E)
@@ -186,7 +186,7 @@ def _add_dkdv(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, m0, n0, length, window, scale2, stride_qt, stride_ot,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
+):
     """dk and dv with one more block of queries. Scores are held transposed: p and ds are then left operands."""
     # recompute p^T from k q^T and lse
     i = m0 + tl.arange(0, BLOCK_M)
@@ -214,7 +214,7 @@ def attention_dkdv_kernel(
     T, group, window, scale, scale2,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_gt,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """A program makes dk and dv of BLOCK_N keys of one key head. The first keys of a sequence have the most queries."""
     n0 = tl.program_id(0) * BLOCK_N
     key_head = tl.program_id(1).to(tl.int64)
@@ -242,7 +242,7 @@ def attention_dkdv_kernel(
             dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
             m0, n0, length, window, scale2, stride_qt, stride_ot,
             HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=True,
-        )  # fmt: skip
+        )
     # queries that see all of the keys
     for step in range(group * full):
         head, m0 = (step // full).to(tl.int64), first + (diagonal + step % full) * BLOCK_M
@@ -250,7 +250,7 @@ def attention_dkdv_kernel(
             dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
             m0, n0, length, window, scale2, stride_qt, stride_ot,
             HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=False,
-        )  # fmt: skip
+        )
     out = start * stride_gt + key_head * E
     _store_rows(dk_ptr + out, dk * scale, n0, length, stride_gt, E, BLOCK_N, BLOCK_E)
     _store_rows(dv_ptr + out, dv, n0, length, stride_gt, E, BLOCK_N, BLOCK_E)
@@ -261,7 +261,7 @@ def _add_dq(
     dq, q, dout, lse, delta, k_ptr, v_ptr, m0, n0, length, window, scale2, stride_kt, stride_vt,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
+):
     """dq with one more block of keys."""
     k = _load_rows(k_ptr, n0, length, stride_kt, E, BLOCK_N, BLOCK_E)  # [BN, BE]
     v = _load_rows(v_ptr, n0, length, stride_vt, E, BLOCK_N, BLOCK_E)  # [BN, BE]
@@ -281,7 +281,7 @@ def attention_dq_kernel(
     T, group, window, scale, scale2,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """A program makes dq of BLOCK_M queries of one head, as the forward kernel makes out."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
@@ -303,13 +303,13 @@ def attention_dq_kernel(
         dq = _add_dq(
             dq, q, dout, lse, delta, k_ptr, v_ptr, m0, first + (edge + block) * BLOCK_N, length, window, scale2,
             stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=False,
-        )  # fmt: skip
+        )
     for block in range(edge + diagonal):
         n0 = first + tl.where(block < edge, block, block + full) * BLOCK_N
         dq = _add_dq(
             dq, q, dout, lse, delta, k_ptr, v_ptr, m0, n0, length, window, scale2,
             stride_kt, stride_vt, HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=True,
-        )  # fmt: skip
+        )
     _store_rows(dq_ptr + out, dq * scale, m0, length, stride_ot, E, BLOCK_M, BLOCK_E)
 
 
@@ -340,7 +340,7 @@ def _forward_triton(
 def _backward_triton(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     (T, H, E), K, S = q.shape, k.shape[1], cu_seqlens.numel() - 1
     dq, dk, dv = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     delta = torch.empty_like(lse)
@@ -369,7 +369,7 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
         batch_invariant: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.max_seqlen, ctx.scale, ctx.window = max_seqlen, scale, window
         if use_triton(q, k, v, cu_seqlens):
             if q.dtype == torch.float64:

@@ -121,7 +121,7 @@ def attention_forward_cpu(
             _grouped(q[queries], K, G, wide), _grouped(k[keys], K, G, wide), _grouped(v[keys], K, G, wide),
             0.0, not windowed, scale=scale,
             attn_mask=_window_mask(queries, keys, window, wide) if windowed and window else None,
-        )  # fmt: skip
+        )
         out[queries].unflatten(1, (K, G)).copy_(o.permute(2, 1, 0, 3))
         lse[queries].unflatten(1, (K, G)).copy_(part.permute(2, 1, 0))
     return out, lse
@@ -135,7 +135,7 @@ def _repeated(x: Tensor, G: int) -> Tensor:
 def attention_backward_cpu(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     sequences: Sequences, scale: float, window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). The heads of a group, and chunks that share keys, are summed in lse's dtype."""
     (H, E), K = q.shape[1:], k.shape[1]
     G, wide = H // K, lse.dtype
@@ -162,7 +162,7 @@ def attention_backward_cpu(
             _grouped(out[queries], K, G, wide), lse[queries].unflatten(1, (K, G)).permute(2, 1, 0),
             0.0, not windowed, scale=scale,
             attn_mask=_window_mask(queries, keys, window, wide) if windowed and window else None,
-        )  # fmt: skip
+        )
         dq[queries].unflatten(1, (K, G)).copy_(dq_part.permute(2, 1, 0, 3))
         dk[keys] += dk_part.sum(0).transpose(0, 1)
         dv[keys] += dv_part.sum(0).transpose(0, 1)

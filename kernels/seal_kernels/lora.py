@@ -87,7 +87,7 @@ def lora_shrink_kernel(
     stride_x, stride_h, stride_factors,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """h = scale x P^T. A program makes one tile of h: a block of tokens, a block of ranks."""
     segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
     p_ptr, _, rank, h_column, column, width, scale, seed, limit = load_factor(
@@ -117,7 +117,7 @@ def lora_expand_kernel(
     stride_y, stride_h, stride_factors,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """y += scale h P. A program updates one tile of y: a block of tokens, a block of columns."""
     segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
     p_ptr, _, rank, h_column, column, width, scale, seed, limit = load_factor(
@@ -149,7 +149,7 @@ def lora_outer_kernel(
     stride_x, stride_h, stride_factors,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNED_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """dP += scale h^T x. A program updates one tile of dP from all tokens of the segment, in order."""
     segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
     _, dp_ptr, rank, h_column, column, width, scale, seed, limit = load_factor(
@@ -202,7 +202,7 @@ def _launch(kernel_name: str, wide: Tensor, h: Tensor, tables: LoraTables, facto
         kernel[(programs, factors.count, len(blocks))](
             wide, h, tables.factor_table, blocks, *sizes, wide.stride(0), h.stride(0), tables.factor_table.stride(0),
             DROPOUT=factors.dropout, ALIGNED=tables.aligned, ALIGNED_H=tables.aligned_h, **config.options(),
-        )  # fmt: skip
+        )
 
 
 def _forward_triton(x: Tensor, y: Tensor, tables: LoraTables) -> Tensor:
@@ -233,7 +233,7 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup,
         batch_invariant: bool, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         y = frozen_linear_forward(x, weight, bias, batch_invariant, dtype)
         if use_triton(x, weight, bias):
             x = x if x.stride(1) == 1 else x.contiguous()

@@ -74,7 +74,7 @@ def write_kv_kernel(
     T, N, K,
     stride_kt, stride_kh, stride_vt, stride_vh, stride_kb, stride_ko, stride_kk, stride_vb, stride_vo, stride_vk,
     E: tl.constexpr, B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """A program writes BLOCK_R pairs of a token and a head."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_E)
@@ -94,7 +94,7 @@ def write_kv_kernel(
 def _load_keys(
     cache_ptr, table_ptr, j, first, end, stride_block, stride_token,
     E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """Tokens j of a sequence's head: [BN, BE]; tokens outside first .. end are 0 and are not read."""
     cols, mask = tl.arange(0, BLOCK_E), (j >= first) & (j < end)
     block = tl.load(table_ptr + j // B, mask=mask, other=0).to(tl.int64)
@@ -108,7 +108,7 @@ def _attend(
     stride_kb, stride_ko, stride_vb, stride_vo,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
+):
     """(acc, l_i, m_i) with one more block of keys: the sums of p v and of p, and the largest score. i: the positions of
     q's rows."""
     # compute q k^T
@@ -134,7 +134,7 @@ def paged_prefill_kernel(
     stride_qt, stride_qh, stride_kb, stride_ko, stride_kk, stride_vb, stride_vo, stride_vk, stride_ot, stride_table,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """Sequences of several queries: a program has BLOCK_M pairs of a query and a head of the group. The last queries
     of a sequence, with the most keys, start first."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -172,13 +172,13 @@ def paged_prefill_kernel(
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, key_ptr, value_ptr, tables_ptr, i, n0, first, end, window, scale2,
             stride_kb, stride_ko, stride_vb, stride_vo, HAS_WINDOW, E, B, BLOCK_N, BLOCK_E, MASKED=False,
-        )  # fmt: skip
+        )
     for block in range(edge + diagonal):
         n0 = (begin + tl.where(block < edge, block, block + full)) * BLOCK_N
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, key_ptr, value_ptr, tables_ptr, i, n0, first, end, window, scale2,
             stride_kb, stride_ko, stride_vb, stride_vo, HAS_WINDOW, E, B, BLOCK_N, BLOCK_E, MASKED=True,
-        )  # fmt: skip
+        )
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # rows that are not stored, and sequences without context
     out_ptr += ((start + query) * stride_ot + head * E)[:, None] + cols[None, :]
     tl.store(out_ptr, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
@@ -191,7 +191,7 @@ def paged_decode_kernel(
     stride_qt, stride_qh, stride_kb, stride_ko, stride_kk, stride_vb, stride_vo, stride_vk, stride_ot, stride_table,
     ONE_SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, E: tl.constexpr, B: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """Sequences of one query: a program has a split of the context and the heads of a group. Where there may be several
     splits, each stores its result in parts [S, H, splits, E] and the logarithm of its sum, base 2, in lse."""
     split, key_head, s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -218,7 +218,7 @@ def paged_decode_kernel(
             acc, l_i, m_i, q, key_ptr + key_head * stride_kk, value_ptr + key_head * stride_vk,
             tables_ptr + s * stride_table, i, block * BLOCK_N, first, end, window, scale2,
             stride_kb, stride_ko, stride_vb, stride_vo, HAS_WINDOW, E, B, BLOCK_N, BLOCK_E, MASKED=True,
-        )  # fmt: skip
+        )
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a sequence without context
     acc /= l_i[:, None]
     if ONE_SPLIT:
@@ -236,7 +236,7 @@ def paged_combine_kernel(
     splits, window,
     stride_ot,
     HAS_WINDOW: tl.constexpr, E: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """A program adds up the splits of one head, BLOCK_S at a time, in order."""
     head, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start = tl.load(cu_seqlens_ptr + s).to(tl.int64)
@@ -269,7 +269,7 @@ def paged_combine_kernel(
 def _paged_triton(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
     max_query: int, max_context: int, scale: float, window: int | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     (_, H, E), (B, K), S = q.shape, key_cache.shape[1:3], len(context_lens)
     group = H // K
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -282,7 +282,7 @@ def _paged_triton(
         "stride_vb": stride_vb, "stride_vo": stride_vo, "stride_vk": stride_vk,
         "stride_qt": q.stride(0), "stride_qh": q.stride(1), "stride_ot": H * E, "stride_table": block_tables.stride(0),
         "B": B, **common_arguments(E, group, scale, window),
-    }  # fmt: skip
+    }
     if max_query > 1:
         config = launch_config("prefill", E, q.dtype, capability(q.device))
         paged_prefill_kernel[(ceil_div(max_query * group, config.blocks["BLOCK_M"]), K, S)](
@@ -303,7 +303,7 @@ def _paged_triton(
         paged_combine_kernel[(H, S)](
             parts, lse, out, cu_seqlens, context_lens, splits, window or 0, H * E,
             HAS_WINDOW=window is not None, E=E, SPLIT=SPLIT, BLOCK_E=head_block(E), **config.options(),
-        )  # fmt: skip
+        )
     return out
 
 
@@ -348,7 +348,7 @@ def write_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots
         write_kv_kernel[(ceil_div(T * K, config.blocks["BLOCK_R"]),)](
             k, v, key_cache, value_cache, slots, T, N, K, *k.stride()[:2], *v.stride()[:2],
             *key_cache.stride()[:3], *value_cache.stride()[:3], E=E, B=B, BLOCK_E=head_block(E), **config.options(),
-        )  # fmt: skip
+        )
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class Tiles(NamedTuple):
 def make_tiles(
     block_tables: Tensor, cu_seqlens: Tensor, context_lens: Tensor, T: int, max_query: int, max_context: int,
     cache_shape: tuple[int, ...], group: int, window: int | None, batch_invariant: bool, dtype: torch.dtype,
-) -> Iterator[Tiles]:  # fmt: skip
+) -> Iterator[Tiles]:
     """All tiles of a batch: they are the same in every layer with the same window."""
     (N, B, K, E), M = cache_shape, block_tables.shape[1]
     start, queries, context = _lengths(cu_seqlens, context_lens, T, max_query, max_context, M * B)
@@ -109,7 +109,7 @@ def paged_attention_cpu(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
     max_query: int, max_context: int, scale: float, window: int | None, batch_invariant: bool,
     shared: dict[int | None, list[Tiles]] | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention by tiles of queries, tiles of one shape together: torch's flash kernel for the CPU works on one tile
     and key head at a time, in one thread, so that a tile's bits do not depend on the others. A tile reads only keys of
     its sequence, also where it gives them no weight: other places of the cache may hold anything."""
@@ -121,7 +121,7 @@ def paged_attention_cpu(
         all_tiles = make_tiles(
             block_tables, cu_seqlens, context_lens, T, max_query, max_context,
             tuple(key_cache.shape), group, window, batch_invariant, wide,
-        )  # fmt: skip
+        )
         if shared is not None and max_query == 1:  # masks of longer queries are too large to keep
             shared[window] = all_tiles = list(all_tiles)
     for blocks, unseen, rows, mask, keep in all_tiles:

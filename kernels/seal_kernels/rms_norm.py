@@ -37,7 +37,7 @@ def rms_norm_forward_kernel(
     N, D, inner, eps,
     stride_outer, stride_inner,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < N)[:, None] & (cols < D)[None, :]
@@ -61,7 +61,7 @@ def rms_norm_backward_kernel(
     N, D, inner,
     stride_outer, stride_inner,
     HAS_DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < N)[:, None] & (cols < D)[None, :]
@@ -108,7 +108,7 @@ class RMSNorm(torch.autograd.Function):
                 rms_norm_forward_kernel[(ceil_div(rows, config.blocks["BLOCK_N"]),)](
                     x, residual, weight, y, h, rstd, rows, D, inner, eps, stride_outer, stride_inner,
                     HAS_RESIDUAL=residual is not None, **config.options(),
-                )  # fmt: skip
+                )
         else:
             if residual is not None:
                 torch.add(x, residual, out=h)
@@ -132,7 +132,7 @@ class RMSNorm(torch.autograd.Function):
                 rms_norm_backward_kernel[(ceil_div(rows, config.blocks["BLOCK_N"]),)](
                     dy, dh, h, weight, rstd, dx, rows, D, inner, stride_outer, stride_inner,
                     HAS_DH=dh is not None, **config.options(),
-                )  # fmt: skip
+                )
         else:
             wide = torch.promote_types(h.dtype, torch.float32)
             g = dy.to(wide) * weight

@@ -34,7 +34,7 @@ def rotary_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 def _rotate_rows(
     x_ptr, out_ptr, cos_ptr, sin_ptr, first, N, heads, half, stride_token, stride_head,
     INVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     rows = first + tl.arange(0, BLOCK_N)  # one row is one head of one token
     cols = tl.arange(0, BLOCK_E)
     mask = (rows < N)[:, None] & (cols < half)[None, :]
@@ -58,19 +58,19 @@ def rotary_kernel(
     q_rows, k_rows, H, K, half, q_programs,
     stride_qt, stride_qh, stride_kt, stride_kh,
     INVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """The first q_programs programs rotate rows of q, the others rows of k."""
     program = tl.program_id(0).to(tl.int64)
     if program < q_programs:
         _rotate_rows(
             q_ptr, q_out_ptr, cos_ptr, sin_ptr, program * BLOCK_N, q_rows, H, half, stride_qt, stride_qh,
             INVERSE, BLOCK_N, BLOCK_E,
-        )  # fmt: skip
+        )
     else:
         _rotate_rows(
             k_ptr, k_out_ptr, cos_ptr, sin_ptr, (program - q_programs) * BLOCK_N, k_rows, K, half,
             stride_kt, stride_kh, INVERSE, BLOCK_N, BLOCK_E,
-        )  # fmt: skip
+        )
 
 
 def launch_config(E: int) -> LaunchConfig:
@@ -105,7 +105,7 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) 
         rotary_kernel[(q_programs + k_programs,)](
             q, k, cos, sin, q_out, k_out, T * H, T * K, H, K, E // 2, q_programs,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), INVERSE=inverse, **config.options(),
-        )  # fmt: skip
+        )
     return q_out, k_out
 
 

@@ -123,7 +123,7 @@ def _load(logits_ptr, start, V, BLOCK_V: tl.constexpr):
 def _at_least(
     logits_ptr, order, peak, inverse, V,
     WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+):
     """(how many logits are at least the one of this order, their weight if WEIGHTS)"""
     bound = _ordered(order.to(tl.int32)).to(tl.float32, bitcast=True)
     count = tl.zeros([BLOCK_V], dtype=tl.int32)
@@ -140,7 +140,7 @@ def _at_least(
 def _threshold(
     logits_ptr, low, inside, total, need, peak, inverse, V,
     WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+):
     """(low, inside, total) for the highest low at which `need` logits (or logits of that weight) are at least as high.
 
     Bisection from a low at which there are enough. It ends when at most one logit lies between enough and too few.
@@ -166,7 +166,7 @@ def sample_kernel(
     V,
     stride_n,
     SCALE: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+):
     """A program has one row. Bounds of logits are ordered integers in 64 bits, which can be bisected."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
@@ -243,7 +243,7 @@ def _sample_triton(
         sample_kernel[(N,)](
             logits, temperature, top_k, top_p, seeds, counters, tokens, logprobs, V, logits.stride(0),
             SCALE=SCALE, LIMIT=LIMIT, **launch_config(V).options(),
-        )  # fmt: skip
+        )
     return tokens, logprobs
 
 

@@ -49,7 +49,7 @@ def swiglu_forward_kernel(gate_up_ptr, y_ptr, T, F, stride_row, BLOCK_T: tl.cons
 @triton.jit
 def swiglu_backward_kernel(
     dy_ptr, gate_up_ptr, dgate_up_ptr, T, F, stride_row, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
-):  # fmt: skip
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < T)[:, None] & (cols < F)[None, :]
