@@ -306,6 +306,7 @@ class Engine:
             self._seeds,
             max_num_seqs,
             stream,
+            self.tokenizer.special_tokens if self.has_tokenizer else None,
         )
 
     def generate(

@@ -30,6 +30,7 @@ class Tokenizer:
 
     bos_token, eos_token, pad_token, unk_token        str, or None where the files name none
     bos_token_id, eos_token_id, pad_token_id          int, or None likewise
+    special_tokens        dict of int: the ids of all special tokens, by their text
     special_tokens_map    dict of str: the special tokens by field name, as templates see them
     stop_token_ids        tuple of int: a completion ends at any of these: the configs' eos ids and eos_token_id
     vocab_size            int: entries in the vocabulary, added tokens among them
@@ -48,7 +49,8 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._clean_up_spaces = clean_up_spaces
-        self._special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_tokens = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self._special_ids = set(self.special_tokens.values())
         self.special_tokens_map = dict(special_tokens_map)
         self.chat_templates = dict(chat_templates or {})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)

@@ -174,7 +174,9 @@ class Model:
         x = self._attention(i, normed, batch, rotation, lora)
         normed, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps)
         mlp = partial(self._mlp, i, lora)
-        return checkpoint(mlp, normed, use_reentrant=False) if recompute == "mlp" else mlp(normed), residual
+        if recompute == "mlp":
+            return checkpoint(mlp, normed, use_reentrant=False), residual
+        return mlp(normed), residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> [N, V] float32."""

@@ -42,10 +42,11 @@ class Sampler:
         seeds: abc.Iterator[int],
         max_num_seqs: int = 256,
         stream: bool = False,
+        special_tokens: abc.Mapping[str, int] | None = None,
     ):
-        """decode: token ids to text; None: completions have no text. stop_token_ids: the model's own. token_budget:
-        tokens per step. seeds: for requests without one. max_num_seqs: sequences that run at once. stream: deltas carry
-        text.
+        """decode: token ids to text, without special tokens; None: completions have no text. stop_token_ids: the model's
+        own. token_budget: tokens per step. seeds: for requests without one. max_num_seqs: sequences that run at once.
+        stream: deltas carry text. special_tokens: their ids, by their text.
         """
         self.model = model
         self.cache = cache
@@ -54,6 +55,7 @@ class Sampler:
         self.token_budget = token_budget
         self.seeds = seeds
         self.stream = stream
+        self.special_tokens = special_tokens or {}
         self.scheduler = Scheduler(model, cache.pool, max_num_seqs)
         self.tokens_done = 0  # sampled
         self.tokens_computed = 0
@@ -87,7 +89,8 @@ class Sampler:
             self.num_done += 1
             return request.request_id
         model_stop_ids = () if params.ignore_eos else self.stop_token_ids
-        request.stop_ids = frozenset((*model_stop_ids, *(params.stop_token_ids or ())))
+        special_stop_ids = [self.special_tokens[text] for text in params.stops if text in self.special_tokens]
+        request.stop_ids = frozenset((*model_stop_ids, *special_stop_ids, *(params.stop_token_ids or ())))
         request.seed = next(self.seeds) if params.seed is None else params.seed
         request.output.prompt_logprobs = [] if params.prompt_logprobs else None
         for index in range(params.n):
@@ -108,6 +111,11 @@ class Sampler:
             request.adapter.check_model(config, "adapter")
         if params.stops and self.decode is None:
             raise InputError("stop: found texts, but there is no tokenizer; accepted: stop_token_ids")
+        for text in params.stops:
+            inside = next((token for token in self.special_tokens if token in text and token != text), None)
+            if inside is not None:
+                accepted = f"{inside!r} alone, or text without it: special tokens are no part of a completion's text"
+                raise InputError(f"stop: found {text!r}; accepted: {accepted}")
         longest = config.max_position_embeddings
         if len(prompt) >= longest:
             raise InputError(f"prompt: found {len(prompt)} tokens; accepted: fewer than {longest}, the model's length")

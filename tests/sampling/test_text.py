@@ -291,3 +291,14 @@ def test_top_k_of_minus_one_is_no_filter(talker):
     assert outs[0].outputs == outs[1].outputs
     with pytest.raises(InputError, match="top_k: found -2"):
         params(top_k=-2)
+
+
+def test_a_stop_text_that_is_a_special_token_stops(talker):
+    """Decoded text has no special tokens, so that text was searched in vain: the token's id stops instead."""
+    ((out,),) = [output.outputs for output in say(talker, [[*b"ab", OTHER, *b"cd"]], stop="<|other|>", max_tokens=5)]
+    assert (out.text, out.finish_reason, out.token_ids) == ("ab", "stop", [*b"ab", OTHER])
+    (failed,) = talker.generate([[5]], params(stop="x<|other|>", max_tokens=2), progress=False)
+    assert failed.error == (
+        "stop: found 'x<|other|>'; accepted: '<|other|>' alone, or text without it: special tokens are no part of a "
+        "completion's text"
+    )

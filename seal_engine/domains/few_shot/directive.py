@@ -5,7 +5,7 @@
      "training": {"strategy": "train_using_output_tokens", "learning_rate": 1e-4, "num_train_epochs": 2}}
 
 White space around it and one Markdown fence around all of it are tolerated, as neither changes what is meant. Anything
-else is refused, with the reason: other text, an object cut short, a key too many, twice or too few, another type (true
+else is rejected, with the reason: other text, an object cut short, a key too many, twice or too few, another type (true
 is no number, 2.0 no integer, "true" no boolean), a number that is not finite or out of range.
 """
 

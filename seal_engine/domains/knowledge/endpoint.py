@@ -179,24 +179,24 @@ class _Call:
         """The reply to a request, after as many attempts as it takes and the endpoint allows."""
         if self._failed_in_a_row >= max(16, 2 * self.endpoint.concurrency):
             return Reply(error=f"not sent: {self._failed_in_a_row} prompts before this one failed")
-        refused = _NoAnswerError("not sent: interrupted", own_fault=True)
+        failure = _NoAnswerError("not sent: interrupted", own_fault=True)
         for attempt in range(self.endpoint.attempts):
             if attempt:
                 backoff = self.endpoint.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1)
-                self.stop.wait(min(backoff if refused.wait is None else refused.wait, self.endpoint.max_wait))
+                self.stop.wait(min(backoff if failure.wait is None else failure.wait, self.endpoint.max_wait))
             if self.stop.is_set():
                 break
             try:
                 text = self._text(*self._post(body))
             except _NoAnswerError as error:
-                refused = error
-                if not refused.retry:
+                failure = error
+                if not failure.retry:
                     break
             else:
                 self._failed_in_a_row = 0
                 return Reply(text)
-        self._failed_in_a_row = 0 if refused.own_fault else self._failed_in_a_row + 1
-        return Reply(error=self._without_key(str(refused))[:300])
+        self._failed_in_a_row = 0 if failure.own_fault else self._failed_in_a_row + 1
+        return Reply(error=self._without_key(str(failure))[:300])
 
     def _without_key(self, text: str) -> str:
         for form in {self._key, json.dumps(self._key)[1:-1], self._key.replace("/", r"\/")} if self._key else ():
