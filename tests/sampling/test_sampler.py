@@ -461,7 +461,7 @@ BAD_PARAMS = {
     "n": [0, -1, 1.0, True, None, "1"],
     "temperature": [-0.1, math.nan, math.inf, None, "1", True, 10**400],
     "top_p": [0, -0.5, 1.01, math.nan, None, "1", True, 10**400],
-    "top_k": [-1, 1.0, None, True, "1"],
+    "top_k": [-2, 1.0, None, True, "1"],
     "max_tokens": [0, -1, 1.5, True, "1"],
     "min_tokens": [-1, 1.5, None, True, 65],
     "stop": ["", [""], ["a", ""], 5, ["a", 5], {"a"}, b"a"],
