@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command and under nine minutes: the kernel tests and the parity tests on
-# the GPU first, then the benchmarks, the whole round first. Those that no time is left for can be named in another run.
-# Needs no network: the package is installed without its dependencies.
+# What needs an NVIDIA GPU, in stages of under four minutes; a stage's results are in the directory before the next
+# begins, and stay there if that one is killed. Needs no network: the package is installed without its dependencies.
 #
-#   bash benchmarks/gpu.sh [DIRECTORY FOR RESULTS [BENCHMARK ...]]     (default: $OUT, else benchmarks/results; all)
+#   bash benchmarks/gpu.sh [DIRECTORY [STAGE ...]]     DIRECTORY: default $OUT, else benchmarks/results
+#
+#   smoke     a kernel, a training step, a greedy completion, the loop
+#   tests     all tests of the kernels and of parity, on the GPU
+#   round     a whole round of the published knowledge task
+#   kernels   each kernel beside its roofline
+#   scaling   training and sampling by the number of adapters, beside PEFT and Transformers
+#
+# Without stages: all of them, in this order, as far as TOTAL_SECONDS (default 530) reach.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-benchmarks/results}}
@@ -15,28 +22,37 @@ mkdir -p "$out"
   "$python" -m pip install -q --no-deps --no-build-isolation --no-index -e . ||
   export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
+# Compiling takes most of the tests' time, and is the CPU's.
+workers=(); "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+quiet=(-q -p no:cacheprovider -p no:warnings)
 
-timeout 220 "$python" -m pytest tests/kernels tests/test_gpu.py -q -x -k 'not compile_gate' -p no:cacheprovider -p no:warnings 2>&1 |
-  tee "$out/gpu_tests.log"
-status=$?
-# What matters most first, and each group's results on disk before the next begins: nine minutes are soon over. The round
-# keeps its rows as its parts are done.
-groups=('bench_seal_round' 'bench_train bench_scaling' 'bench_lora bench_adamw'
-  'bench_paged_attention bench_sampling bench_sample'
-  'bench_attention bench_cross_entropy bench_linear bench_model bench_rms_norm bench_rotary bench_swiglu')
-(($#)) && groups=("$@")
-for group in "${groups[@]}"; do
-  left=$((525 - SECONDS))
-  [[ $group == bench_seal_round ]] && left=$((left < 430 ? left : 430))
-  if ((left < 20)); then
-    echo "no time left for: $group"
-    continue
+stage() { # NAME SECONDS PYTEST-ARGUMENTS: runs pytest into NAME.log, and says how it ended
+  local name=$1 limit=$2 left=$((${TOTAL_SECONDS:-530} - SECONDS))
+  shift 2
+  ((left < limit)) && limit=$left
+  if ((limit < 15)); then
+    echo "$name: no time left; name it in another run"
+    return 0
   fi
-  files=()
-  for name in $group; do files+=("benchmarks/$name.py"); done
-  timeout "$left" "$python" -m pytest "${files[@]}" -q -p no:cacheprovider -p no:warnings --record "$out" 2>&1 |
-    tee -a "$out/gpu_benchmarks.log"
+  timeout "$limit" "$python" -m pytest "$@" "${quiet[@]}" 2>&1 | tee "$out/gpu_$name.log" | tail -n 40
+  local result=$?
+  echo "$name: exit status $result after $SECONDS s in all"
+  return "$result"
+}
+
+benchmarks() { printf 'benchmarks/bench_%s.py\n' "$@"; }
+status=0
+(($#)) || set -- smoke tests round kernels scaling
+for name in "$@"; do
+  case $name in
+    smoke) stage smoke 90 tests/test_smoke.py -x ;;
+    tests) stage tests 235 tests/kernels tests/test_gpu.py -k 'not compile_gate' "${workers[@]}" ;;
+    round) stage round 235 $(benchmarks seal_round) --record "$out" ;;
+    kernels) stage kernels 235 $(benchmarks lora attention paged_attention sampling cross_entropy adamw linear rms_norm swiglu rotary) --record "$out" ;;
+    scaling) stage scaling 235 $(benchmarks train scaling sample model) --record "$out" ;;
+    *) echo "unknown stage $name; accepted: smoke tests round kernels scaling"; exit 2 ;;
+  esac
   result=$?
   status=$((status ? status : result))
 done

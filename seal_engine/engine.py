@@ -19,7 +19,7 @@ from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.checkpoint import load_model, reload_model, save_model
 from seal_engine.model.config import ModelConfig
-from seal_engine.model.devices import free_memory, parse_device, parse_dtype, parse_path, total_memory
+from seal_engine.model.devices import free_memory, on_device, parse_device, parse_dtype, parse_path, total_memory
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.peft_config import read_peft_config
 from seal_engine.model.tokenizer import Tokenizer, read_stop_token_ids
@@ -189,13 +189,14 @@ class Engine:
         reload_model(self.model, self.directory)
 
     def forward_backward(self, data: Sequence[Datum]) -> list[DatumResult]:
-        """Add each datum's gradient to its adapter's; see `train.forward_backward`."""
-        budget = self._default_token_budget()
-        return forward_backward(self.model, data, budget)
+        """Add each datum's gradient to its adapter's; see `training.verbs.forward_backward`."""
+        with on_device(self.model.device):
+            return forward_backward(self.model, data, self._default_token_budget())
 
     def optim_step(self, steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
-        """One AdamW step of each adapter, all at once; returns gradient norms. See `train.optim_step`."""
-        return optim_step(steps)
+        """One AdamW step of each adapter, all at once; returns gradient norms. See `training.verbs.optim_step`."""
+        with on_device(self.model.device):
+            return optim_step(steps)
 
     def trainer(
         self,
@@ -402,12 +403,13 @@ class Engine:
             if adapter is not None:
                 adapter.check_model(self.config, f"adapters[{i}]")
         order = sorted(range(len(sequences)), key=lambda i: getattr(adapters[i], "uid", 0))
-        for chunk in chunks([len(sequences[i]) for i in order], TOKEN_BUDGET):
-            members = [order[k] for k in chunk]
-            batch = PackedBatch.pack([sequences[i] for i in members], self.model.device)
-            segments = [list(group) for _, group in groupby(members, key=lambda i: adapters[i])]
-            tokens = [sum(len(sequences[i]) for i in segment) for segment in segments]
-            yield members, batch, LoraBatch.make([adapters[segment[0]] for segment in segments], tokens)
+        with on_device(self.model.device):
+            for chunk in chunks([len(sequences[i]) for i in order], TOKEN_BUDGET):
+                members = [order[k] for k in chunk]
+                batch = PackedBatch.pack([sequences[i] for i in members], self.model.device)
+                segments = [list(group) for _, group in groupby(members, key=lambda i: adapters[i])]
+                tokens = [sum(len(sequences[i]) for i in segment) for segment in segments]
+                yield members, batch, LoraBatch.make([adapters[segment[0]] for segment in segments], tokens)
 
 
 def _run_to_end(worker: Trainer | Sampler, count: int, unit: str, title: str, progress: bool) -> None:

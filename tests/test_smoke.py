@@ -15,7 +15,7 @@ from seal_kernels.rms_norm import rms_norm, rms_norm_ref
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained(MODEL, device="cpu", dtype="float32")
+    return Engine.from_pretrained(MODEL, device=DEVICE, dtype="float32")
 
 
 def test_the_command_line_is_imported(capsys):

@@ -1,6 +1,7 @@
 """Where a model runs: devices, their memory, dtypes, as callers name them."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,12 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return total_memory(device) // 2  # no such file on this system
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes the device the current one for the block: kernels are launched on the current CUDA device, whatever device
+    their tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def total_memory(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seal_engine.inputs import check_token_ids, integers
 from seal_engine.model.adapters import Adapter
+from seal_engine.model.devices import on_device
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
 from seal_engine.sampling.decode_graph import DecodeGraphs
@@ -44,9 +45,9 @@ class Sampler:
         stream: bool = False,
         special_tokens: abc.Mapping[str, int] | None = None,
     ):
-        """decode: token ids to text, without special tokens; None: completions have no text. stop_token_ids: the model's
-        own. token_budget: tokens per step. seeds: for requests without one. max_num_seqs: sequences that run at once.
-        stream: deltas carry text. special_tokens: their ids, by their text.
+        """decode: token ids to text, without special tokens; None: completions have no text. stop_token_ids: the
+        model's own. token_budget: tokens per step. seeds: for requests without one. max_num_seqs: sequences that run at
+        once. stream: deltas carry text. special_tokens: their ids, by their text.
         """
         self.model = model
         self.cache = cache
@@ -196,7 +197,7 @@ class Sampler:
         A step happens whole or not at all: after an exception, the next one begins where this one began.
         """
         saved: list[tuple[Sequence, int]] = []
-        with self._repair(saved):
+        with self._repair(saved), on_device(self.model.device):
             chunks = self.scheduler.schedule(self.token_budget)
             for request in dict.fromkeys(chunk.sequence.request for chunk in chunks):
                 saved += [(sequence, len(sequence.completion.token_ids)) for sequence in request.unfinished]

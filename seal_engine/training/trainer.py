@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from seal_engine.model.adapters import Adapter
+from seal_engine.model.devices import on_device
 from seal_engine.model.transformer import Model
 from seal_engine.training.job_checkpoint import load_checkpoint, save_checkpoint
 from seal_engine.training.jobs import TrainJob, TrainResult, TrainSequence
 from seal_engine.training.losses import job_losses
 from seal_engine.training.schedule import JobState
-from seal_engine.training.verbs import AdapterBatch, advance_adapters, target_logprobs
+from seal_engine.training.verbs import AdapterBatch, advance_adapters, target_logprobs, validate_dtype
 from seal_engine.types import InputError, is_integer
 
 
@@ -38,6 +39,7 @@ class Trainer:
         parameters, gradients and moments of resident jobs may take (one job is always admitted); None: no limit.
         callback(job_id, step, loss) is called after every optimizer step.
         """
+        validate_dtype(model)
         self.model = model
         self.prepare = prepare
         self.token_budget = token_budget
@@ -105,6 +107,10 @@ class Trainer:
 
         A step happens whole or not at all; a job that an exception leaves half-way fails, and the others go on.
         """
+        with on_device(self.model.device):
+            self._step()
+
+    def _step(self) -> None:
         for state in [state for state in self._resident if state.job_id in self._results]:
             self._release(state)  # an interrupt came between its result and this
         self._collect_losses()

@@ -30,6 +30,12 @@ class AdapterBatch:
     dropout_key: tuple[int, int] = (0, 0)
 
 
+def validate_dtype(model: Model) -> None:
+    """InputError for a model that computes in float16: gradients of a mean over many tokens flush to zero there."""
+    computes = str(model.compute_dtype).removeprefix("torch.")
+    require(computes != "float16", "dtype", computes, "bfloat16 or float32 to train on this device; sampling takes all")
+
+
 def target_logprobs(model: Model, batches: Sequence[AdapterBatch], recompute: str) -> list[Tensor]:
     """Each adapter's log-probabilities of its target tokens, [n] float32 in order, attached to one graph.
 
@@ -57,6 +63,7 @@ def forward_backward(
     Any mix of adapters, sequences and losses. Calls accumulate until `optim_step`. Raises InputError naming the datum
     before anything is computed; where a callable loss fails, all gradients are as they were before the call.
     """
+    validate_dtype(model)
     require(is_list(data), "data", data, "a list of Datum")
     for i, datum in enumerate(data):
         _check_datum(datum, f"data[{i}]", model)

@@ -680,3 +680,16 @@ def test_a_token_without_weight_has_no_part_in_loss_or_gradient(fields, first):
     assert loss.isfinite()
     assert logprobs.grad[0] == 0
     assert logprobs.grad.isfinite().all()
+
+
+def test_float16_is_not_trained_in(engine, monkeypatch):
+    """Without a loss scale, 1 / (targets of a step) times a gradient is below float16's smallest number. On a CPU a
+    float16 base computes in float32, so it trains."""
+    adapter = engine.create_adapter(LoraConfig(r=2))
+    monkeypatch.setattr(engine.model, "compute_dtype", torch.float16)
+    with pytest.raises(
+        InputError, match="dtype: found 'float16'; accepted: bfloat16 or float32 to train on this device"
+    ):
+        engine.trainer()
+    with pytest.raises(InputError, match="dtype: found 'float16'"):
+        engine.forward_backward([Datum(adapter, [5, 6])])
