@@ -42,12 +42,33 @@ class Adapter:
         self.config = config
         self.model_config = model
         self.layout = adapter_layout(model, config)
-        self.params = torch.zeros(self.layout.size, device=device)  # [layout.size] float32
+        self._params = torch.zeros(self.layout.size, device=device)
+        self._device = self._params.device
         self.grads: Tensor | None = None  # like params, while trained
         self.moments: tuple[Tensor, Tensor] | None = None  # exp_avg, exp_avg_sq
         self.steps = 0  # optimizer steps taken with these moments
         self._state: Tensor | None = None  # [3, layout.size]: what gradients and moments are rows of
         self._views: tuple[Tensor | None, dict[tuple[int, int], AdapterViews]] | None = None
+
+    @property
+    def params(self) -> Tensor:
+        """The parameters, [layout.size] float32, on the adapter's device; an offloaded adapter comes back."""
+        if self._params.device != self._device:
+            self._params = self._params.to(self._device, non_blocking=True)
+        return self._params
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters; gradients and moments take three times as much, while there are any."""
+        return 4 * self.layout.size
+
+    def offload(self) -> int:
+        """Move the parameters of an adapter that is not trained to host memory; returns the bytes that this freed."""
+        if self._params.device.type != "cuda" or self.grads is not None:
+            return 0
+        host = torch.empty(self._params.shape, pin_memory=True)
+        self._params, self._views = host.copy_(self._params), None
+        return self.nbytes
 
     @staticmethod
     def create(model: ModelConfig, config: LoraConfig, device: torch.device, seed: int = 0) -> "Adapter":

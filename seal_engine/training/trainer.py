@@ -35,9 +35,9 @@ class Trainer:
         recompute: str = "none",
         callback: Callable[[int, int, float], None] | None = None,
     ):
-        """prepare: a job's sequences as checked token ids. token_budget: tokens per pass. state_bytes: what
-        parameters, gradients and moments of resident jobs may take (one job is always admitted); None: no limit.
-        callback(job_id, step, loss) is called after every optimizer step.
+        """prepare: a job's sequences as checked token ids. token_budget: tokens per pass. state_bytes: what parameters,
+        gradients and moments of resident jobs and the parameters of finished ones may take (one job is always
+        admitted); None: no limit. callback(job_id, step, loss) is called after every optimizer step.
         """
         validate_dtype(model)
         self.model = model
@@ -50,6 +50,7 @@ class Trainer:
         self._waiting: list[tuple[int, TrainJob]] = []
         self._resident: list[JobState] = []
         self._results: dict[int, TrainResult] = {}
+        self._finished: list[Adapter] = []  # on the device, and still counted
         self._free_states: list[Tensor] = []  # gradients and moments of jobs that have left, all of one size
         self._pending: list[tuple[list[JobState], list[JobState], Tensor, Tensor | None]] = []
         # (job, loss of its part of a pass, gradient norm if that ended an optimizer step). loss None: its end is due.
@@ -213,6 +214,7 @@ class Trainer:
         if state.next is None and len(state.losses) == state.total_steps:
             result = TrainResult(state.adapter, state.losses, len(state.losses), num_tokens=state.num_tokens)
             self._results[state.job_id] = result
+            self._finished = [*self._finished, state.adapter]
             self._release(state)
         elif state.job.checkpoint_dir is not None and len(state.losses) % state.job.checkpoint_every == 0:
             try:
@@ -257,9 +259,8 @@ class Trainer:
                 raise InputError(f"init_from: found {type(job.init_from).__name__}; accepted: an Adapter")
             job.init_from.check_model(self.model.config, "init_from")
             job = replace(job, lora=job.init_from.config)
-        size = Adapter(self.model.config, job.lora, torch.device("meta")).params.nbytes  # before memory is taken
-        bytes_in_use = sum(4 * state.adapter.params.nbytes for state in self._resident)
-        if self._resident and self.state_bytes is not None and bytes_in_use + 4 * size > self.state_bytes:
+        size = Adapter(self.model.config, job.lora, torch.device("meta")).nbytes  # before memory is taken
+        if not self._make_room(4 * size) and self._resident:
             return None
         if job.init_from is not None:
             adapter = job.init_from.copy()
@@ -271,3 +272,19 @@ class Trainer:
         state = JobState(job_id, job, sequences, adapter, self.token_budget)
         load_checkpoint(state)
         return state
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Whether a job of so many bytes fits the bound beside resident and finished ones.
+
+        On a GPU finished adapters move to host memory where they stand in the way, those that finished first before
+        the others.
+        """
+        if self.state_bytes is None:
+            return True
+        in_use = sum(4 * state.adapter.nbytes for state in self._resident) + sum(a.nbytes for a in self._finished)
+        while in_use + num_bytes > self.state_bytes and self._finished:
+            freed = self._finished[0].offload()
+            if not freed:
+                break  # a CPU's adapters are in host memory already
+            self._finished, in_use = self._finished[1:], in_use - freed
+        return in_use + num_bytes <= self.state_bytes

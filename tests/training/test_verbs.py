@@ -8,7 +8,7 @@ from peft import PeftModel
 
 import oracle
 from compare import relative_error
-from seal_engine import AdamParams, Datum, Engine, InputError, LoraConfig, TrainJob
+from seal_engine import AdamParams, Adapter, Datum, Engine, InputError, LoraConfig, TrainJob
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.plan import HEADROOM, activation_bytes
 from seal_engine.training import trainer as train
@@ -693,3 +693,32 @@ def test_float16_is_not_trained_in(engine, monkeypatch):
         engine.trainer()
     with pytest.raises(InputError, match="dtype: found 'float16'"):
         engine.forward_backward([Datum(adapter, [5, 6])])
+
+
+def test_finished_adapters_are_within_the_bound(engine, monkeypatch):
+    """They stay on the device, so they count; where they stand in the way of a job, the oldest move to host memory.
+
+    Not counted, 750 adapters of a published round would have run out of a GPU's memory after 229.
+    """
+    lora, offloaded = LoraConfig(r=2), []
+    size = engine.create_adapter(lora).nbytes
+    monkeypatch.setattr(Adapter, "offload", lambda adapter: offloaded.append(adapter.uid) or adapter.nbytes)
+    trainer = engine.trainer()
+    trainer.state_bytes = 14 * size
+    ids = [trainer.submit(TrainJob([[5, 6, 7]], lora, num_epochs=1 + i % 3, seed=i)) for i in range(30)]
+    while trainer.busy:
+        trainer.step()
+        finished = [result.adapter.uid for i in ids if (result := trainer.poll(i)) is not None]
+        on_device = size * len(set(finished) - set(offloaded))
+        assert on_device + 4 * size * trainer.num_resident <= 14 * size
+    assert len(offloaded) >= 30 - 14
+    assert len(set(offloaded)) == len(offloaded)
+    assert all(trainer.poll(i).error is None for i in ids)
+
+
+def test_an_offloaded_adapter_comes_back(engine):
+    """On a CPU there is nowhere to go; the parameters are the same before and after."""
+    adapter = engine.create_adapter(LoraConfig(r=2))
+    before = adapter.params.clone()
+    assert adapter.offload() == 0
+    assert torch.equal(adapter.params, before)
