@@ -181,6 +181,25 @@ class ScriptedEngine(Engine):
         return outputs
 
 
+def test_a_chat_model_grades_by_its_template():
+    """As all other prompts are sent with --chat: without it a chat model is asked in a form that it never saw."""
+
+    class Chat:
+        def apply_chat_template(self, turn, add_generation_prompt):
+            assert add_generation_prompt
+            return [turn[0]["role"], turn[0]["content"]]
+
+    engine = ScriptedEngine("yes", "no", "no")
+    engine.__dict__["tokenizer"] = Chat()
+    assert make_grader("model", engine, template="{question} {answer} {prediction}", chat=True)(TRIPLES) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
+    question, gold, prediction = TRIPLES[0]
+    assert engine.prompts[0] == ["user", f"{question.strip()} {gold.strip()} {prediction.strip()}"]
+
+
 def test_the_model_grades(caplog):
     engine = ScriptedEngine(" yes", "No.", "It is.")
     grader = make_grader("model", engine, template=TEMPLATE)

@@ -75,6 +75,16 @@ def test_rewards_that_are_shuffled_choose_blindly(tmp_path):
     assert share(replace(wide, shuffle_rewards=True)) < 0.45  # a third of what can be trained is good
 
 
+def test_shuffled_rewards_change_nothing_before_they_are_used(tmp_path):
+    """Run and control have the same self-edits and evaluations until the first policy update."""
+    own, blind = (run(tmp_path / f"{s}", replace(CONFIG, shuffle_rewards=s))[0] for s in (False, True))
+    first = ("evaluation 0", "round 1", "no adapter")
+    for table in ("self_edits", "trials"):
+        early = [[row for row in made[table] if row["phase"].startswith(first)] for made in (own, blind)]
+        assert early[0] == early[1] != []
+    assert own["policies"] != blind["policies"]
+
+
 class GivenDomain(ToyDomain):
     """Contexts whose rewards are given: reward_of[context][index]."""
 
