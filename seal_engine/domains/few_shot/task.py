@@ -190,7 +190,7 @@ class FewShot:
             made, self.engine.tokenizer, directive.all_tokens, limit=c.max_tasks, max_tokens=longest
         )
         left_out = min(len(made), c.max_tasks) - len(sequences)
-        if left_out:
+        if left_out and longest < c.max_sequence_tokens:  # else the setting says so itself
             log.warning("%s: %d training tasks are left out: longer than %d tokens", context, left_out, longest)
         reason = skip_reason(directive, len(sequences), c.batch_size, c.max_steps)
         if reason:
