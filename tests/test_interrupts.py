@@ -16,7 +16,7 @@ import torch
 from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
 from seal_engine.tiny import MODEL
 
-SAMPLES = 60  # lines at which an interrupt is tried, of some thousands
+SAMPLES = 40  # lines at which an interrupt is tried, of some thousands
 
 
 @pytest.fixture(scope="module")
