@@ -33,6 +33,7 @@ from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob, 
 from seal_engine.training.trainer import Trainer
 from seal_engine.training.verbs import forward_backward, optim_step
 from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_integer, require
+from seal_kernels.dispatch import ceil_div
 
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
@@ -365,7 +366,7 @@ class Engine:
             needs = [0]
             for ids, own in zip(token_ids, wanted, strict=True):
                 tokens = min(longest, len(ids) + (own.max_tokens or longest)) if isinstance(ids, list) else 0
-                needs += [-(-tokens // 16)] * min(own.n, max_num_seqs)
+                needs += [ceil_div(tokens, 16)] * min(own.n, max_num_seqs)
             room = free_memory(self.model.device) // 2 // KVCache.block_bytes(self.config, self.model.compute_dtype)
             options = {**options, "num_blocks": max(1, min(sum(sorted(needs)[-max_num_seqs:]), room))}
         sampler = self.sampler(**options)

@@ -18,6 +18,7 @@ from seal_engine.model.transformer import Model
 from seal_engine.sampling.detokenizer import Detokenizer
 from seal_engine.sampling.kv_cache import BlockPool, OutOfBlocks
 from seal_engine.sampling.requests import Completion, RequestOutput, SamplingParams
+from seal_kernels.dispatch import ceil_div
 
 
 @dataclass(eq=False)
@@ -203,7 +204,7 @@ class Scheduler:
         return (cache_namespace, *token_ids[:end]) if end <= len(token_ids) else object()
 
     def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.pool.block_size)  # rounded up
+        return ceil_div(num_tokens, self.pool.block_size)
 
     def _reserve_blocks(self, token_budget: int) -> list[Chunk]:
         """Reserve blocks for as many tokens as fit the budget; sequences that are being continued come first."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seal_engine.model.adapters import Adapter
 from seal_engine.types import InputError, LoraConfig, is_integer, is_list, is_number, require, require_integers
+from seal_kernels.dispatch import ceil_div
 
 SCHEDULERS = ("linear", "cosine", "constant")
 
@@ -77,7 +78,7 @@ def min_sequential_steps(job: TrainJob) -> int:
         job.check()
     except InputError:
         return 0
-    return job.num_epochs * -(-len(job.sequences) // job.batch_size)
+    return job.num_epochs * ceil_div(len(job.sequences), job.batch_size)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from seal_engine.model.adapters import Adapter
 from seal_engine.training.jobs import AdamParams, TrainJob, TrainSequence
 from seal_engine.types import chunks
+from seal_kernels.dispatch import ceil_div
 
 
 def lr_at_step(job: TrainJob, step: int, total: int) -> float:
@@ -46,8 +47,8 @@ class JobState:
         self.targets = [target_mask(sequence) for sequence in sequences]
         self.adapter = adapter
         self.token_budget = token_budget
-        microbatches = -(-len(sequences) // job.batch_size)
-        self.steps_per_epoch = -(-microbatches // job.gradient_accumulation_steps)
+        microbatches = ceil_div(len(sequences), job.batch_size)
+        self.steps_per_epoch = ceil_div(microbatches, job.gradient_accumulation_steps)
         self.total_steps = self.steps_per_epoch * job.num_epochs
         self.losses: list[float] = []
         self.step_loss = 0.0
