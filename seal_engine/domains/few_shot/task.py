@@ -69,6 +69,8 @@ class FewShotConfig:
     grid_epochs: tuple[int, ...] = setting((), "with grid_learning_rates: the oracle tries all directives with these")
 
     def __post_init__(self):
+        if self.answer_stop == "auto":  # recorded as what it means
+            object.__setattr__(self, "answer_stop", "" if self.chat else "\n")
         require_integers(
             self,
             max_tasks=1,
@@ -147,12 +149,11 @@ class FewShot:
             config.directive_template,
             config.chat,
         )
-        stop = config.answer_stop
-        if stop == "auto":
-            stop = "" if config.chat else "\n"
-        if stop:
-            self.form.check_stop(stop)
-        self.answer_params = SamplingParams(temperature=0, max_tokens=config.answer_tokens, stop=stop or None)
+        if config.answer_stop:
+            self.form.check_stop(config.answer_stop)
+        self.answer_params = SamplingParams(
+            temperature=0, max_tokens=config.answer_tokens, stop=config.answer_stop or None
+        )
         self._sources: dict[str, SelfEditSource] = {}
         self._add_directives()
         self._queries: dict[str, list[list[Query]]] = {}
