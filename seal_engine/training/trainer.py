@@ -50,7 +50,8 @@ class Trainer:
         self._waiting: list[tuple[int, TrainJob]] = []
         self._resident: list[JobState] = []
         self._results: dict[int, TrainResult] = {}
-        self._finished: list[Adapter] = []  # on the device, and still counted
+        self._finished: list[Adapter] = []  # on the device, of these bytes together
+        self._finished_bytes = 0
         self._free_states: list[Tensor] = []  # gradients and moments of jobs that have left, all of one size
         self._pending: list[tuple[list[JobState], list[JobState], Tensor, Tensor | None]] = []
         # (job, loss of its part of a pass, gradient norm if that ended an optimizer step). loss None: its end is due.
@@ -214,7 +215,8 @@ class Trainer:
         if state.next is None and len(state.losses) == state.total_steps:
             result = TrainResult(state.adapter, state.losses, len(state.losses), num_tokens=state.num_tokens)
             self._results[state.job_id] = result
-            self._finished = [*self._finished, state.adapter]
+            self._finished.append(state.adapter)
+            self._finished_bytes += state.adapter.nbytes
             self._release(state)
         elif state.job.checkpoint_dir is not None and len(state.losses) % state.job.checkpoint_every == 0:
             try:
@@ -281,10 +283,10 @@ class Trainer:
         """
         if self.state_bytes is None:
             return True
-        in_use = sum(4 * state.adapter.nbytes for state in self._resident) + sum(a.nbytes for a in self._finished)
-        while in_use + num_bytes > self.state_bytes and self._finished:
+        resident = sum(4 * state.adapter.nbytes for state in self._resident)
+        while resident + self._finished_bytes + num_bytes > self.state_bytes and self._finished:
             freed = self._finished[0].offload()
             if not freed:
                 break  # a CPU's adapters are in host memory already
-            self._finished, in_use = self._finished[1:], in_use - freed
-        return in_use + num_bytes <= self.state_bytes
+            self._finished, self._finished_bytes = self._finished[1:], self._finished_bytes - freed
+        return resident + self._finished_bytes + num_bytes <= self.state_bytes
