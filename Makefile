@@ -25,11 +25,12 @@ $(DEVELOPMENT): $(RUNTIME)
 demo: $(RUNTIME)
 	.venv/bin/seal-engine demo
 
-# The same kernel tests run three ways: torch on the CPU, the Triton code in its interpreter, Triton on a GPU.
+# The same kernel tests run three ways: torch on the CPU, the Triton code in its interpreter, Triton on a GPU. In the
+# interpreter the whole engine runs, too, on a CUDA device that is pretended (tests/gpu).
 # loadgroup: tests that read one expensive result run in one worker.
 test: $(DEVELOPMENT)
 	$(PY) -m pytest -n 2 --dist loadgroup
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/kernels
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadgroup tests/kernels tests/gpu
 
 # Each part once, in half a minute: imports, a kernel, a training step, a sample, the loop on a toy domain.
 smoke: $(DEVELOPMENT)
