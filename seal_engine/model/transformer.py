@@ -173,10 +173,7 @@ class Model:
             normed, residual = add_rms_norm(x, residual, layer.input_norm, eps)
         x = self._attention(i, normed, batch, rotation, lora)
         normed, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps)
-        mlp = partial(self._mlp, i, lora)
-        if recompute == "mlp":
-            return checkpoint(mlp, normed, use_reentrant=False), residual
-        return mlp(normed), residual
+        return self._mlp(i, lora, normed, recompute == "mlp"), residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> [N, V] float32."""
@@ -225,12 +222,23 @@ class Model:
             out = paged_attention(q, keys, values, *places, window=window, **options)
         return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, ProjectionGroup.O)
 
-    def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
-        layer = self.layers[i]
-        group = ProjectionGroup.GATE_UP
+    def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor, recompute: bool) -> Tensor:
+        activate, down = partial(self._activate, i, lora), partial(self._down, i, lora, dtype=x.dtype)
+        if not recompute:
+            return down(activate(x))
+        # A frozen product keeps nothing for backward and need not be made again; one with an adapter keeps its input.
+        if lora is not None and (i, ProjectionGroup.DOWN) in lora.groups:
+            return checkpoint(lambda x: down(activate(x)), x, use_reentrant=False)
+        return down(checkpoint(activate, x, use_reentrant=False))
+
+    def _activate(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
+        layer, group = self.layers[i], ProjectionGroup.GATE_UP
         gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group, self.mlp_dtype)  # [T, 2 F]
-        activated = swiglu(gate_up, batch_invariant=self.batch_invariant)  # [T, F]
-        return self._project(activated, layer.down, layer.down_bias, lora, i, ProjectionGroup.DOWN, x.dtype)
+        return swiglu(gate_up, batch_invariant=self.batch_invariant)  # [T, F]
+
+    def _down(self, i: int, lora: LoraBatch | None, activated: Tensor, dtype: torch.dtype) -> Tensor:
+        layer = self.layers[i]
+        return self._project(activated, layer.down, layer.down_bias, lora, i, ProjectionGroup.DOWN, dtype)
 
     def _project(
         self,

@@ -1,6 +1,7 @@
 """The two verbs against torch autograd on Transformers and PEFT; the trainer as an object; resumed jobs."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -722,3 +723,22 @@ def test_an_offloaded_adapter_comes_back(engine):
     before = adapter.params.clone()
     assert adapter.offload() == 0
     assert torch.equal(adapter.params, before)
+
+
+@pytest.mark.parametrize(
+    ("targets", "again"), [(("q_proj", "v_proj"), 1), ("all-linear", 2)], ids=["no adapter on down", "one on down"]
+)
+def test_recomputing_an_mlp_repeats_no_frozen_product_for_nothing(engine, monkeypatch, targets, again):
+    """Backward through a frozen product needs its weight alone: without an adapter on it, down is not made again."""
+    module, calls = sys.modules["seal_kernels.linear"], []
+    product = module.frozen_linear_forward
+    for name in ("seal_kernels.linear", "seal_kernels.lora", "seal_kernels.lora_cpu"):
+        if hasattr(sys.modules.get(name), "frozen_linear_forward"):
+            monkeypatch.setattr(sys.modules[name], "frozen_linear_forward", lambda *a: calls.append(1) or product(*a))
+    adapter, counts = engine.create_adapter(LoraConfig(r=2, target_modules=targets)), []
+    for recompute in ("none", "mlp"):
+        calls.clear()
+        forward_backward(engine.model, [Datum(adapter, [5, 6, 7])], 100, recompute)
+        counts.append(len(calls))
+    layers = engine.config.num_hidden_layers
+    assert counts == [4 * layers, (4 + again) * layers]
