@@ -43,7 +43,7 @@ LAUNCHES_PER_DECODED_LAYER = 18  # in a graph: they cost the host nothing, the d
 LAUNCHES_PER_DECODE_STEP = 23  # beside the graph
 WEIGHTS_TO_PLAN = 1.01  # norms and biases are not planned
 ACTIVATIONS_TO_PLAN = 0.9, 1.1  # peak of a pass, less weights and adapters; was 1.011 to 1.028
-VARIANTS = 128  # compilations of kernels in everything that the float32 tests of this file do
+VARIANTS = 156  # compilations of kernels in everything that the float32 tests of this file do
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz0123456789?"
 FIELDS = {
@@ -52,6 +52,7 @@ FIELDS = {
     "max_position_embeddings": 128, "eos_token_id": len(CHARACTERS),
 }  # fmt: skip
 PARAMETER_SLACK = 20  # AdamW's first step is the gradient's sign: where that is rounding, parameters differ more
+TEXTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1)
 
 
@@ -254,6 +255,36 @@ def test_an_adapter_on_disk(engines, adapters, tmp_path):
     assert torch.equal(engines.gpu.load_adapter(tmp_path / "adapter").params.cpu(), adapters[1][0].params)
 
 
+OTHER_MODELS = {
+    "norms of queries and keys": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "untied head, shared keys, no biases": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("fields", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_other_models(device, fields, deterministic):
+    """Completions with their log-probabilities, and gradients."""
+    outcomes = []
+    for where in ("cpu", "cuda"):
+        engine = Engine(make_model(1, where, **fields), deterministic=deterministic)
+        adapter = engine.create_adapter(LoraConfig(r=4, target_modules="all-linear"))
+        adapter.params.copy_(torch.randn(adapter.params.shape, generator=torch.Generator().manual_seed(0)) / 10)
+        outputs = engine.generate([TEXTS[0] * 2, TEXTS[1]], GREEDY, [adapter, None], progress=False)
+        engine.forward_backward([Datum(adapter, TEXTS[0] * 2)])
+        completions = [output.outputs[0] for output in outputs]
+        logprobs = torch.tensor([completion.logprobs for completion in completions])
+        outcomes.append(([completion.token_ids for completion in completions], logprobs, adapter.grads))
+    (ids, logprobs, grads), (gpu_ids, gpu_logprobs, gpu_grads) = outcomes
+    assert gpu_ids == ids
+    assert relative_error(gpu_logprobs, logprobs) < 1e-5
+    assert relative_error(gpu_grads, grads) < 1e-5
+
+
 class Domain(toy_loop.ToyDomain):
     """The toy domain for a model that was never trained: whatever letters a policy writes are trained on."""
 
@@ -285,8 +316,6 @@ def test_a_round_of_the_loop(engines, tmp_path):
 
 
 # What the GPU path costs. Counts do not depend on numbers, so most of these tests run no kernel of Triton.
-
-TEXTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
 
 
 def count_step(device, step):
