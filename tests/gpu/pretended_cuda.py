@@ -11,7 +11,8 @@ of a GPU tensor, grids that are too large, more memory than there is; while a gr
 from the host.
 
 A capture computes nothing: the operations are recorded, and what they allocate holds NaN until the first replay and
-again after a replay of another graph in the same memory pool. Memory from torch.empty holds NaN, too.
+again after a replay of another graph in the same memory pool. Memory from torch.empty holds NaN, too, and memory that
+was freed, which kernels may still read where a table holds its address.
 
 The device counts launches, kernels, syncs by source line, compiled variants of kernels, and bytes in use and at most.
 It does not see asynchrony, several streams, alignment beyond what kernels specialise on, workspaces of libraries, or
@@ -19,6 +20,7 @@ what an allocator loses by rounding and fragmentation.
 """
 
 import contextlib
+import ctypes
 import inspect
 import itertools
 import sys
@@ -92,10 +94,11 @@ class CudaTensor(Tensor):
 
 
 class _Allocation:
-    """The memory of one storage on the device: in use until the last tensor of it is gone."""
+    """The memory of one storage on the device: in use until the last tensor of it is gone. Then it holds NaN."""
 
-    def __init__(self, device: "PretendedCuda", size: int, pool: "_Pool | None"):
-        self.size, self.owner = size, pool or device
+    def __init__(self, device: "PretendedCuda", storage: torch.UntypedStorage, pool: "_Pool | None"):
+        size = storage.nbytes()
+        self.storage, self.size, self.owner = storage, size, pool or device
         if pool is None and device.bytes_in_use + size > device.total_bytes:
             self.size = 0
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes on the pretended device")
@@ -103,6 +106,7 @@ class _Allocation:
 
     def __del__(self):
         self.owner.add_bytes(-self.size)
+        ctypes.memset(self.storage.data_ptr(), 0xFF, self.size)  # in floats of any size NaN, in integers -1
 
 
 class _Pool:
@@ -243,7 +247,7 @@ class PretendedCuda:
         storage = data.untyped_storage()
         allocation = self.allocations.get(storage._cdata)
         if allocation is None:
-            allocation = _Allocation(self, storage.nbytes(), self.captured.pool if self.captured else None)
+            allocation = _Allocation(self, storage, self.captured.pool if self.captured else None)
             self.allocations[storage._cdata] = allocation
         return CudaTensor(data, allocation)
 

@@ -16,6 +16,7 @@ import seal_engine.plan
 import seal_engine.sampling.decode_graph
 import seal_engine.training.trainer
 import seal_kernels.cross_entropy
+import seal_kernels.lora_tables
 import seal_kernels.sampling
 import toy_loop
 from compare import relative_error
@@ -543,6 +544,19 @@ def test_rows_of_an_earlier_step_in_a_captured_graph_are_caught(engines, adapter
     plant(monkeypatch, seal_engine.sampling.decode_graph, "_fill", line, "pass")
     with pytest.raises(AssertionError):
         assert_completions_equal(engines, adapters, refilled)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of NaN
+def test_an_address_of_freed_memory_is_caught(device, monkeypatch):
+    """Tables of addresses do not keep what lies there alive."""
+    scores = []
+    for line in ("t.data_ptr(), t.numel()", "t.clone().data_ptr(), t.numel()"):
+        plant(monkeypatch, seal_kernels.lora_tables, "_addresses", "t.data_ptr(), t.numel()", line)
+        engine = Engine(make_model(1, "cuda"))
+        scores += engine.score(TEXTS[:1], engine.create_adapter(LoraConfig(r=8, target_modules="all-linear")))
+        monkeypatch.undo()
+    assert scores[0].isfinite().all()
+    assert not torch.equal(scores[0], scores[1])
 
 
 def test_a_leak_of_a_megabyte_per_job_is_caught(device, monkeypatch):
