@@ -94,10 +94,12 @@ def launch_config(V: int) -> LaunchConfig:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b in float32, also from 16-bit matrices: unrounded where torch has that product."""
+    """out = a @ b in float32, also of 16-bit matrices; on a GPU whose torch lacks that, rounded to 16 bits."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+    elif not a.is_cuda:  # Triton's interpreter
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    elif hasattr(torch.ops.aten.mm, "dtype_out"):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b))

@@ -18,6 +18,16 @@ from seal_kernels.dispatch import INTERPRET
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SM = sorted(SHARED_LIMIT)
 GATE_DTYPES = [torch.float32, torch.bfloat16]
+ATTENTION_CASES = [  # E, sm, window, dtype
+    pytest.param(128, 80, None, torch.float32, id="128-sm80-float32"),
+    pytest.param(256, 90, 1024, torch.float32, id="256-sm90-window-float32"),
+    pytest.param(64, 100, None, torch.float32, id="64-sm100-float32"),
+    pytest.param(128, 80, None, torch.bfloat16, id="128-sm80-bfloat16"),
+    pytest.param(64, 90, None, torch.bfloat16, id="64-sm90-bfloat16"),
+    pytest.param(128, 90, None, torch.bfloat16, id="128-sm90-bfloat16"),
+    pytest.param(256, 90, 1024, torch.bfloat16, id="256-sm90-window-bfloat16"),
+    pytest.param(128, 100, None, torch.bfloat16, id="128-sm100-bfloat16"),
+]
 TRITON_NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compare import DEVICE, DTYPES, check, run
-from gates import GATE_DTYPES, SM, compiles, gate
+from gates import ATTENTION_CASES, compiles, gate
 from seal_kernels.attention import (
     attention,
     attention_delta_kernel,
@@ -71,12 +71,14 @@ def test_attention_equals_reference(lengths, heads, key_heads, E, window, dtype)
     check_attention([q, k, v], dout, lengths, window=window)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRET else DTYPES)  # blocks of float32 are small: slow there
+@pytest.mark.parametrize("dtype", DTYPES[1:] if INTERPRET else DTYPES)  # blocks of float32 are small: slow there
 @pytest.mark.parametrize(("lengths", "window"), [([1823], None), ([700, 1, 1122], 300)])
 def test_many_blocks(lengths, window, dtype):
+    """v and dout have a mean, so that sums grow from block to block: a sum that is kept in 16 bits is seen."""
     torch.manual_seed(1)
-    *inputs, dout = [randn(1823, 1, 16, dtype=dtype) for _ in range(4)]
-    check_attention(inputs, dout, lengths, window=window)
+    q, k = (randn(1823, 1, 16, dtype=dtype) for _ in range(2))
+    v, dout = (randn(1823, 1, 16, dtype=dtype) + 2 for _ in range(2))
+    check_attention([q, k, v], dout, lengths, window=window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,12 +214,14 @@ def test_memory_stays_far_below_a_matrix_of_scores(window):
 
 
 @compiles
-@pytest.mark.parametrize("dtype", GATE_DTYPES)
-@pytest.mark.parametrize(
-    ("E", "sm", "window"), [(128, sm, None) for sm in SM] + [(64, 90, None), (128, 90, 1024), (256, 90, 1024)]
-)
+@pytest.mark.parametrize(("E", "sm", "window", "dtype"), ATTENTION_CASES)
 def test_compile_gate(E, sm, window, dtype):
-    """As launched on views into a packed projection."""
+    """As launched on views into a packed projection.
+
+    Covered in float32 and bfloat16: sm_80, sm_90 and sm_100, heads of 64, 128 and 256 elements, with and without a
+    window, each at least once but not each with each other. In bfloat16 all heads are built for sm_90, where the
+    Hopper instructions are looked for.
+    """
     H, K, W = 16, 4, 24 * E
     strides = dict.fromkeys(("stride_qt", "stride_kt", "stride_vt"), W)
     strides |= dict.fromkeys(("stride_qh", "stride_kh", "stride_vh"), E) | {"stride_ot": H * E}

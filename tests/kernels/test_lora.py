@@ -52,17 +52,17 @@ def make_group(lengths, ranks, columns, inputs, dropout=None, seed=0, aligned=Fa
     )
 
 
-def compare(group, inputs, outputs, dtype=torch.float32, bias=True, bound=1e-5):
+def compare(group, inputs, outputs, dtype=torch.float32, bias=True, bound=1e-5, mean=0.0):
     """y, dx, dA and dB of lora_linear against autograd through the reference in float64.
 
     In 16 bits they must be no further from it than 1.5 times what the reference in that dtype is.
     """
     torch.manual_seed(7)
     T = group.bounds[-1]
-    x = torch.randn(T, inputs).to(DEVICE, dtype)
+    x = (torch.randn(T, inputs) + mean).to(DEVICE, dtype)
     weight = (torch.randn(outputs, inputs) / inputs**0.5).to(DEVICE, dtype)
     b = torch.randn(outputs).to(DEVICE, dtype) if bias else None
-    dy = torch.randn(T, outputs).to(DEVICE, dtype)
+    dy = (torch.randn(T, outputs) + mean).to(DEVICE, dtype)
     anchor = torch.zeros(1, device=DEVICE, requires_grad=True)
     leaf = x.clone().requires_grad_()
     y = lora_linear(leaf, weight, b, group, anchor)
@@ -116,6 +116,14 @@ def test_aligned_adapters(dtype):
     assert tables.aligned
     assert tables.aligned_h
     compare(group, inputs=80, outputs=160, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_blocks_of_tokens(dtype):
+    """Gradients are sums over many tokens that grow from block to block: one that is kept in 16 bits is seen."""
+    group = make_group([1500], [[8]], [(0, 24)], inputs=128)
+    group.params[0].add_(1)
+    compare(group, inputs=128, outputs=24, dtype=dtype, mean=1.0)
 
 
 def test_one_projection_with_many_adapters():

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from compare import DEVICE
+from compare import DEVICE, DTYPES
 from gates import SM, compiles, gate
 from seal_kernels.dispatch import INTERPRET
 from seal_kernels.sampling import LIMIT, SCALE, launch_config, sample_kernel, sample_tokens, sample_tokens_ref, uniform
 
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 ON_TORCH = not INTERPRET and DEVICE.type == "cpu"
 INF, LARGEST = math.inf, torch.finfo(torch.float32).max
 

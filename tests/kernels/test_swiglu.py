@@ -3,6 +3,7 @@ import torch
 
 from compare import DEVICE, DTYPES, check, relative_error
 from gates import GATE_DTYPES, SM, compiles, gate
+from seal_kernels.dispatch import INTERPRET
 from seal_kernels.swiglu import launch_config, swiglu, swiglu_backward_kernel, swiglu_forward_kernel, swiglu_ref
 
 
@@ -105,7 +106,8 @@ def test_compile_gate(F, sm, dtype):
 @pytest.mark.parametrize("F", [100, 4864])
 def test_a_rows_bits_do_not_depend_on_the_other_rows(F):
     torch.manual_seed(5)
-    gate_up, dy = torch.randn(1001, 2 * F, device=DEVICE), torch.randn(1001, F, device=DEVICE)
+    T = 51 if INTERPRET else 1001
+    gate_up, dy = torch.randn(T, 2 * F, device=DEVICE), torch.randn(T, F, device=DEVICE)
 
     def both(rows):
         leaf = gate_up[rows].clone().requires_grad_()
@@ -117,7 +119,7 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(F):
     wide = gate_up.double().requires_grad_()
     truth = torch.autograd.grad(swiglu_ref(wide), wide, dy.double())[0]
     assert relative_error(grad, truth) < 1e-6
-    for rows in (slice(7, 8), slice(3, 16), slice(500, 701)):
+    for rows in (slice(7, 8), slice(3, 16), slice(T // 2, T - T // 4)):
         y_part, grad_part = both(rows)
         assert torch.equal(y_part, y[rows])
         assert torch.equal(grad_part, grad[rows])
