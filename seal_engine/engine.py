@@ -3,6 +3,7 @@
 Sequences go through the model packed end to end, up to a token budget at a time.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import count, groupby
@@ -62,8 +63,9 @@ class Engine:
         self.directory = directory
         if deterministic:
             model.batch_invariant = True
+        this = weakref.proxy(self)  # a strong reference would keep the weights of an engine that is dropped
         self.inputs = Inputs(
-            model.config, lambda: self.tokenizer, lambda: self.end_token_id, lambda: self.stop_token_ids
+            model.config, lambda: this.tokenizer, lambda: this.end_token_id, lambda: this.stop_token_ids
         )
         self._seeds = count(2**63)  # of requests without one: beyond those that a request may have
         if tokenizer is not None:

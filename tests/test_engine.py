@@ -1,5 +1,8 @@
 """Engine: what its calls return, and that a sequence's answer does not depend on its company."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -7,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import oracle
 import seal_engine.engine
 from compare import relative_error
-from seal_engine import Engine
+from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
+from seal_engine.tiny import MODEL
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +72,22 @@ def test_one_sequence_of_nan_does_not_reach_the_others(directory):
     assert torch.equal(clean[0], dirty[0])
     assert torch.equal(clean[2], dirty[2])
     assert dirty[1][1:].isnan().all()
+
+
+def test_what_is_dropped_is_freed_at_once():
+    """Adapters and weights are gigabytes on a GPU: they do not wait for the garbage collector."""
+    engine = Engine.from_pretrained(MODEL)
+    gc.collect()
+    gc.disable()
+    try:
+        adapter = engine.create_adapter(LoraConfig(r=2))
+        engine.generate([[5, 6]], SamplingParams(n=2, max_tokens=3), adapter, progress=False)
+        list(engine.stream([[5, 6]], SamplingParams(max_tokens=3), adapter))
+        (result,) = engine.train([TrainJob([[5, 6, 7]])], progress=False)
+        dropped = [weakref.ref(adapter), weakref.ref(result.adapter), weakref.ref(engine.model)]
+        del adapter, result
+        assert [one() is None for one in dropped[:2]] == [True, True]
+        del engine
+        assert dropped[2]() is None
+    finally:
+        gc.enable()

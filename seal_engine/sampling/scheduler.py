@@ -10,6 +10,7 @@ from collections import abc, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import ref
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Sequence:
     """One sample of a request."""
 
     def __init__(self, request: Request, index: int, detokenizer: Detokenizer | None):
-        self.request = request
+        self._request = ref(request)  # not counted: a request holds its sequences, and its adapter goes with it
         self.token_ids = list(request.output.prompt_token_ids)  # prompt and completion
         self.block_table: list[int] = []  # empty while the sequence waits
         self.num_computed_tokens = 0  # tokens whose K/V are in these blocks
@@ -59,6 +60,13 @@ class Sequence:
         self.finished = False
         generator = np.random.SeedSequence(request.seed, spawn_key=(index,))
         self.seed = int(generator.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    @property
+    def request(self) -> Request:
+        """The request that this is a sample of."""
+        request = self._request()
+        assert request is not None, "a sequence is used while the sampler holds its request"
+        return request
 
     def truncate(self, num_output_tokens: int) -> None:
         """Forget the output tokens after the first num_output_tokens, with all that followed from them."""
