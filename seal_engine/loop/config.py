@@ -52,8 +52,8 @@ class LoopConfig:
 
     def __post_init__(self):
         seeds = self.seeds
-        plain = isinstance(seeds, tuple) and bool(seeds) and all(is_integer(s) and 0 <= s < 2**31 for s in seeds)
-        require(plain and len(set(seeds)) == len(seeds), "seeds", seeds, "different integers >= 0")
+        valid = isinstance(seeds, tuple) and bool(seeds) and all(is_integer(s) and 0 <= s < 2**31 for s in seeds)
+        require(valid and len(set(seeds)) == len(seeds), "seeds", seeds, "different integers >= 0")
         minimum = {name: 1 for name, kind in type(self).__annotations__.items() if kind is int}
         minimum |= {"rounds": 0, "continued_pretraining": 0, "resamples": 0}
         require_integers(self, **minimum)

@@ -194,8 +194,8 @@ def to_column(name: str, value: Any) -> Any:
     if isinstance(value, str):
         encoded = value.encode("utf-8", "surrogatepass")
         return encoded if encoded.decode("utf-8", "replace") != value else value
-    plain = value is None or isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
-    require(plain, name, value, "text, a number (an integer of at most 64 bits) or None")
+    valid = value is None or isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+    require(valid, name, value, "text, a number (an integer of at most 64 bits) or None")
     return None if is_nan(value) else value
 
 

@@ -100,8 +100,8 @@ class Recolour:
     colours: tuple[int, ...]
 
     def __post_init__(self):
-        plain = isinstance(self.colours, tuple) and all(map(is_integer, self.colours))
-        require(plain and sorted(self.colours) == list(range(COLOURS)), "colours", self.colours, "each of 0 to 9 once")
+        valid = isinstance(self.colours, tuple) and all(map(is_integer, self.colours))
+        require(valid and sorted(self.colours) == list(range(COLOURS)), "colours", self.colours, "each of 0 to 9 once")
 
     @property
     def name(self) -> str:

@@ -81,8 +81,8 @@ class FewShotConfig:
             attempts=1,
             answer_tokens=1,
         )
-        plain = bool(self.leave) and all(is_integer(n) and n >= 1 for n in self.leave)
-        require(plain, "leave", self.leave, "integers >= 1")
+        valid = bool(self.leave) and all(is_integer(n) and n >= 1 for n in self.leave)
+        require(valid, "leave", self.leave, "integers >= 1")
         if self.fixed_directive:
             parse(self.fixed_directive)
         for directive in self.grid():
