@@ -221,7 +221,8 @@ class Engine:
         element_size = self.model.compute_dtype.itemsize
         choice = "none" if recompute == "auto" else recompute
         everywhere = adapter_layout(self.config, LoraConfig(r=1, target_modules="all-linear"))
-        costs = {c: activation_bytes(self.config, everywhere, budget, element_size, c) for c in RECOMPUTE}
+        cpu = self.model.device.type == "cpu"
+        costs = {c: activation_bytes(self.config, everywhere, budget, element_size, c, cpu) for c in RECOMPUTE}
         if recompute == "auto":
             choice = next((c for c in RECOMPUTE if costs[c] <= HEADROOM * free / 2), "layer")
         return Trainer(

@@ -7,7 +7,7 @@ import torch
 from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
 from seal_engine.model.config import ModelConfig
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
-from seal_kernels.cross_entropy import CHUNK_BYTES
+from seal_kernels.cross_entropy import CHUNK_BYTES, CPU_CHUNK_BYTES
 
 RECOMPUTE = ("none", "mlp", "layer")
 HEADROOM = 0.9  # share of the memory that is planned with: allocators fragment
@@ -40,7 +40,9 @@ class Plan:
         )
 
 
-def activation_bytes(config: ModelConfig, layout: AdapterLayout, tokens: int, element_size: int, recompute: str) -> int:
+def activation_bytes(
+    config: ModelConfig, layout: AdapterLayout, tokens: int, element_size: int, recompute: str, cpu: bool
+) -> int:
     """Bytes that a forward pass keeps for backward and its largest temporaries, for one packed stream.
 
     Temporaries are those of a layer's backward or the chunk of logits, which is gone by then: whichever is larger.
@@ -53,7 +55,8 @@ def activation_bytes(config: ModelConfig, layout: AdapterLayout, tokens: int, el
     kept = config.num_hidden_layers * layer
     working = 5 * F + 4 * D + (mlp if recompute != "none" else 0) + (attention if recompute == "layer" else 0)
     floats = 4 * (D + config.num_hidden_layers * config.num_attention_heads)  # unit gradients, log-sum-exps
-    return tokens * (kept * element_size + floats) + max(tokens * working * element_size, CHUNK_BYTES)
+    chunk = min(CPU_CHUNK_BYTES if cpu else CHUNK_BYTES, tokens * config.vocab_size * (4 + element_size))
+    return tokens * (kept * element_size + floats) + max(tokens * working * element_size, chunk)
 
 
 def make_plan(
@@ -93,7 +96,7 @@ def make_plan(
     wanted = min(adapters or 10**9, max(1, tokens // sequence_tokens))
     choices = []
     for choice in RECOMPUTE if recompute == "auto" else (recompute,):
-        activations = activation_bytes(config, layout, tokens, element_size, choice)
+        activations = activation_bytes(config, layout, tokens, element_size, choice, cpu)
         resident = int(HEADROOM * memory_bytes - weights - activations) // state
         choices.append((min(resident, wanted), choice, activations, resident))
         if resident >= wanted:

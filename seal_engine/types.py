@@ -21,10 +21,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from seal_kernels.transfer import to_device
 
 
 class InputError(ValueError):
@@ -49,12 +53,10 @@ class PackedBatch:
     def pack(sequences: Sequence[Sequence[int]], device: torch.device) -> "PackedBatch":
         """Lay sequences of token ids end to end on `device`. Empty sequences are allowed."""
         lengths = tuple(len(s) for s in sequences)
-        flat = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
-        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, dtype=torch.int32, out=bounds[1:])
-        starts = torch.repeat_interleave(bounds[:-1].long(), torch.tensor(lengths, dtype=torch.int64))
-        positions = torch.arange(len(flat)) - starts
-        return PackedBatch(flat.to(device), positions.to(device), bounds.to(device), lengths)
+        token_ids = np.fromiter(chain.from_iterable(sequences), np.int64, sum(lengths))
+        bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        positions = np.arange(len(token_ids)) - np.repeat(bounds[:-1], lengths)
+        return PackedBatch(*to_device(device, token_ids, positions, bounds.astype(np.int32)), lengths)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,34 @@ class LoraConfig:
             isinstance(targets, list | tuple) and all(isinstance(t, str) for t in targets)
         )
         require(plain and len(targets) > 0, "lora.target_modules", targets, "names of projections")
+
+
+class PagedArrays(NamedTuple):
+    """The tensors of a PagedBatch, its cache aside, as arrays on the host."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    cu_seqlens: np.ndarray
+    context_lens: np.ndarray
+    block_tables: np.ndarray
+    slot_mapping: np.ndarray
+
+    def padded(self, S: int, M: int) -> "PagedArrays":
+        """A decode step's arrays for S sequences and M blocks of each. Added sequences have no token and no slot."""
+        added = S - len(self.token_ids)
+        return PagedArrays(
+            np.pad(self.token_ids, (0, added)),
+            np.pad(self.positions, (0, added)),
+            np.pad(self.cu_seqlens, (0, added), mode="edge"),
+            np.pad(self.context_lens, (0, added)),
+            np.pad(self.block_tables, ((0, added), (0, M - self.block_tables.shape[1]))),
+            np.pad(self.slot_mapping, (0, added), constant_values=-1),
+        )
+
+    def batch(self, keys: Tensor, values: Tensor) -> PagedBatch:
+        """The batch on the device of a cache's keys and values, [L, blocks, block size, K, E]."""
+        max_query, max_context = int(np.diff(self.cu_seqlens).max()), int(self.context_lens.max())
+        return PagedBatch(*to_device(keys.device, *self), max_query, max_context, keys, values)
 
 
 def setting(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:

@@ -12,7 +12,7 @@ from seal_engine import InputError, LoraConfig
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.config import ModelConfig
 from seal_engine.plan import HEADROOM, RECOMPUTE, activation_bytes, make_plan
-from seal_kernels.cross_entropy import CHUNK_BYTES
+from seal_kernels.cross_entropy import CPU_CHUNK_BYTES
 
 GIB = 2**30
 QWEN_7B = ModelConfig.from_dict({
@@ -28,7 +28,7 @@ MEASURED = {
     "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
 TOKENS = 1024
-SHRUNK_CHUNK = CHUNK_BYTES // 4  # a chunk of logits that stands to TOKENS as the whole one stands to 4096
+SHRUNK_CHUNK = CPU_CHUNK_BYTES // 4  # a chunk of logits that stands to TOKENS as the whole one stands to 4096
 CASES = {
     "nothing recomputed, all projections": ("none", "all-linear"),
     "nothing recomputed, two projections": ("none", ("q_proj", "v_proj")),
@@ -47,7 +47,7 @@ from seal_engine.types import LoraConfig
 def kib(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
 
-seal_kernels.cross_entropy.CHUNK_BYTES = {chunk}
+seal_kernels.cross_entropy.CPU_CHUNK_BYTES = {chunk}
 config = ModelConfig.from_dict({config})
 model = Model(config, torch.float32, torch.device("cpu"))
 for _, tensor in model.named_tensors():
@@ -86,13 +86,13 @@ def test_activations_are_as_large_as_planned(case, peaks, monkeypatch):
 
     A plan below the measurement runs out of memory, and HEADROOM leaves a tenth for that. One above it is waste, which
     is largest with "layer": all of a layer's tensors count as if they were alive together, and the chunk of logits
-    counts as CHUNK_BYTES, of which a CPU writes half (no second, 16-bit buffer).
+    counts as CPU_CHUNK_BYTES, of which a CPU writes half (no second, 16-bit buffer).
     """
     recompute, targets = CASES[case]
-    monkeypatch.setattr(seal_engine.plan, "CHUNK_BYTES", SHRUNK_CHUNK)
+    monkeypatch.setattr(seal_engine.plan, "CPU_CHUNK_BYTES", SHRUNK_CHUNK)
     config = ModelConfig.from_dict(MEASURED)
     layout = adapter_layout(config, LoraConfig(r=8, target_modules=targets))
-    planned = activation_bytes(config, layout, TOKENS, 4, recompute)
+    planned = activation_bytes(config, layout, TOKENS, 4, recompute, cpu=True)
     assert 0.9 <= planned / peaks[case] <= 1.6
 
 
@@ -150,7 +150,7 @@ def test_recompute_is_the_least_that_lets_a_step_be_resident():
         made = make_plan(QWEN_7B, SEAL, memory, 50)
         room = {}
         for choice in RECOMPUTE:
-            costs = activation_bytes(QWEN_7B, adapter_layout(QWEN_7B, SEAL), 8192, 2, choice)
+            costs = activation_bytes(QWEN_7B, adapter_layout(QWEN_7B, SEAL), 8192, 2, choice, cpu=False)
             room[choice] = (int(HEADROOM * memory) - made.weights_bytes - costs) // state
         assert room["none"] < room["mlp"] < room["layer"]
         assert made.recompute == next((choice for choice in RECOMPUTE if room[choice] >= 163), "layer")

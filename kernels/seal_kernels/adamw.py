@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import LaunchConfig, ceil_div, tl, triton, use_triton
+from seal_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,8 @@ def _step_triton(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
         1 - rate * decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5,
         1 - beta1, beta2, 1 - beta2, eps, max_norm,
     )
-    numbers = torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)).to(device)
     programs = ceil_div(int(table[:, 4].max()), SPAN)
-    table = torch.from_numpy(table).to(device)
+    table, numbers = to_device(device, table, np.stack(columns, axis=1).astype(np.float32))
     sums = torch.empty(S, programs, dtype=torch.float32, device=device)
     norms = torch.empty(S, dtype=torch.float32, device=device)
     if programs:

@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import LaunchConfig, apply, block_size, tl, triton, use_triton
-from seal_kernels.linear import multiply, multiply_backward
+from seal_kernels.linear import float32_product, multiply, multiply_backward
 
 IGNORE = -1  # the target of a token without one; any negative number means the same (-100 too)
-CHUNK_BYTES = 224 * 2**20  # of logits and their gradient: 256 tokens of 152000 words in 16 bits
+# Of logits and their gradient. On a GPU a chunk reads weight twice and must be long enough to hide that: 1024 tokens of
+# 152000 words in 16 bits. On a CPU, whose products are slower, fresh memory costs more than that.
+CHUNK_BYTES = 896 * 2**20
+CPU_CHUNK_BYTES = 224 * 2**20
 
 
 def token_logprobs_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -45,12 +48,12 @@ def cross_entropy_ref(
     return -(token_weights * logprobs).sum(), logprobs
 
 
-def chunk_tokens(V: int, element_size: int) -> int:
-    """Tokens whose logits are held at once: CHUNK_BYTES of float32 logits and their gradient, whole matrix tiles.
+def chunk_tokens(V: int, element_size: int, chunk_bytes: int) -> int:
+    """Tokens whose logits are held at once: chunk_bytes of float32 logits and their gradient, whole matrix tiles.
 
     element_size: bytes of an element of the gradient, which is the second matrix product's input.
     """
-    tokens = CHUNK_BYTES // (V * (4 + element_size))
+    tokens = chunk_bytes // (V * (4 + element_size))
     return max(16, tokens - tokens % (128 if tokens >= 128 else 16))
 
 
@@ -93,21 +96,9 @@ def launch_config(V: int) -> LaunchConfig:
     return LaunchConfig({"BLOCK_V": block}, num_warps=max(1, block // 512))
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b in float32, also of 16-bit matrices; on a GPU whose torch lacks that, rounded to 16 bits."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif not a.is_cuda:  # Triton's interpreter
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-    elif hasattr(torch.ops.aten.mm, "dtype_out"):
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
 def _forward_triton(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor | None) -> Tensor:
     T, V = hidden.shape[0], weight.shape[0]
-    chunk = min(T, chunk_tokens(V, hidden.element_size()))
+    chunk = min(T, chunk_tokens(V, hidden.element_size(), CHUNK_BYTES))
     logprobs = torch.empty(T, dtype=torch.float32, device=hidden.device)
     buffer = torch.empty(chunk, V, dtype=torch.float32, device=hidden.device)
     grad_buffer = buffer
@@ -116,18 +107,18 @@ def _forward_triton(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tenso
     for first in range(0, T, max(1, chunk)):
         rows = slice(first, min(first + chunk, T))
         logits, grad = buffer[: rows.stop - first], grad_buffer[: rows.stop - first]
-        _product(hidden[rows], weight.T, logits)
+        float32_product(hidden[rows], weight.T, logits)
         tensors, options = (logits, targets[rows].contiguous(), logprobs[rows], grad), launch_config(V).options()
         logprob_kernel[(rows.stop - first,)](*tensors, V, GRAD=unit is not None, **options)
         if unit is not None:
-            _product(grad, weight, unit[rows])
+            float32_product(grad, weight, unit[rows])
     return logprobs
 
 
 def _forward_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor | None) -> Tensor:
     T, V = hidden.shape[0], weight.shape[0]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    chunk = min(T, chunk_tokens(V, 4))
+    chunk = min(T, chunk_tokens(V, 4, CPU_CHUNK_BYTES))
 
     logprobs = torch.empty(T, dtype=dtype)
     buffer = torch.empty(chunk, V, dtype=dtype)

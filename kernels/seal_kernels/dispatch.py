@@ -65,6 +65,9 @@ class _Unrecorded:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
 
 def apply(function: Any, *args: Any) -> Any:
     """function.apply(*args) of a torch.autograd.Function; where gradients are off, without autograd's bookkeeping."""

@@ -76,10 +76,23 @@ def _rounded_product(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return torch.mm(x, factor, out=out) if out.dtype == factor.dtype else out.copy_(torch.mm(x, factor))
 
 
+def float32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b in float32, also of 16-bit matrices; on a GPU whose torch lacks that, rounded to 16 bits."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if not a.is_cuda:  # Triton's interpreter
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    if hasattr(torch.ops.aten.mm, "dtype_out"):
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(a, b))
+
+
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out [T, O] = x W^T; on the CPU x, weight and out may be of three dtypes."""
+    """out [T, O] = x W^T; on the CPU x, weight and out may be of three dtypes, on a GPU out may be float32."""
     if x.dtype == weight.dtype == out.dtype:
         return torch.mm(x, weight.T, out=out)
+    if x.is_cuda:
+        return float32_product(x, weight.T, out)
     if _native(x, weight):
         return _rounded_product(x, weight.T, out)
     x = x.to(out.dtype)
@@ -159,7 +172,7 @@ def frozen_linear(
     """x [T, I] times weight [O, I] transposed plus bias [O]: [T, O]. Differentiable in x only.
 
     weight and bias may be in a narrower dtype than x. batch_invariant: a row's result does not depend on the other
-    rows, bit for bit. dtype: of the result, by default x's; another dtype is for the CPU. Raises ValueError on shapes
+    rows, bit for bit. dtype: of the result, by default x's; on a GPU that or float32. Raises ValueError on shapes
     that do not match.
     """
     check_linear(x, weight, bias)

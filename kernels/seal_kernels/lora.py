@@ -90,6 +90,8 @@ def lora_shrink_kernel(
 ):
     """h = scale x P^T. A program makes one tile of h: a block of tokens, a block of ranks."""
     segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
+    if first >= end:  # an idle block of a captured launch
+        return
     p_ptr, _, rank, h_column, column, width, scale, seed, limit = load_factor(
         factors_ptr, segment, first_factor + tl.program_id(1), stride_factors, ALIGNED, ALIGNED_H
     )
@@ -120,6 +122,8 @@ def lora_expand_kernel(
 ):
     """y += scale h P. A program updates one tile of y: a block of tokens, a block of columns."""
     segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
+    if first >= end:  # an idle block of a captured launch
+        return
     p_ptr, _, rank, h_column, column, width, scale, seed, limit = load_factor(
         factors_ptr, segment, first_factor + tl.program_id(1), stride_factors, ALIGNED, ALIGNED_H
     )

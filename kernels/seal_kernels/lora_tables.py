@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import ceil_div, tl, triton
+from seal_kernels.transfer import to_device
 
 BLOCK_T = 64  # tokens per block: the rows of Hopper's matrix instruction, and about the length of a segment
 
@@ -249,8 +250,8 @@ class _Stack:
         return ((addresses | columns | self.inputs[:, 0, 0]) % 16 == 0).tolist()
 
 
-def _block_records(bounds: Sequence[int]) -> np.ndarray:
-    """[n, BLOCK_FIELDS] int32: the blocks of every segment that has tokens."""
+def block_records(bounds: Sequence[int]) -> np.ndarray:
+    """[n, BLOCK_FIELDS] int32: the blocks of every segment that has tokens; bounds as LoraGroup has them."""
     starts, ends = np.array((bounds[:-1], bounds[1:]), dtype=np.int64)
     counts = ceil_div(ends - starts, BLOCK_T)
     segments = np.repeat(np.arange(len(starts)), counts)
@@ -264,18 +265,16 @@ def _block_records(bounds: Sequence[int]) -> np.ndarray:
 def device_tables(groups: Sequence[LoraGroup], inputs: Sequence[int], device: torch.device) -> BatchTables:
     """Tables for LoraGroup.tables of groups that share their segments, such as all groups of a batch.
 
-    inputs: I of each group. The host's work is numpy over all groups at once; its result is copied to the device in
-    two pieces. Raises ValueError on adapters that are not as LoraGroup says. At most 65535 blocks of tokens.
+    inputs: I of each group. The host's work is numpy over all groups at once; its result is one copy to the device.
+    Raises ValueError on adapters that are not as LoraGroup says. At most 65535 blocks of tokens.
     """
     if any(group.bounds != groups[0].bounds for group in groups):
         raise ValueError("lora: groups must have the same bounds")
     stack = _Stack(groups, inputs, device)
     stack.validate()
-    records, blocks = stack.factor_records(), _block_records(groups[0].bounds)
+    records, blocks = stack.factor_records(), block_records(groups[0].bounds)
     first_blocks = blocks[blocks[:, SEGMENT_START] == blocks[:, BLOCK_START]]
-    factor_table = torch.from_numpy(records).to(device)
-    all_blocks = torch.from_numpy(np.concatenate([blocks, first_blocks])).to(device)
-    token_blocks, segment_blocks = all_blocks[: len(blocks)], all_blocks[len(blocks) :]
+    factor_table, token_blocks, segment_blocks = to_device(device, records, blocks, first_blocks)
     aligned, aligned_h = stack.aligned(records), (stack.ranks % 8 == 0).all((1, 2)).tolist()
     h_widths, max_ranks = stack.total_ranks.max((1, 2), initial=0).tolist(), stack.ranks.max((1, 2), initial=0).tolist()
     tables = []

@@ -117,10 +117,13 @@ class RMSNorm(torch.autograd.Function):
             rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
             y.copy_(torch.mul(wide, rstd).mul_(weight))
         ctx.save_for_backward(h, weight, rstd)
+        ctx.set_materialize_grads(False)
         return y, h
 
     @staticmethod
-    def backward(ctx, dy: Tensor, dh: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, dy: Tensor | None, dh: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if dy is None:  # only h is used
+            return dh, None, None, dh if ctx.needs_input_grad[3] else None
         h, weight, rstd = ctx.saved_tensors
         D, rows = h.shape[-1], h.numel() // h.shape[-1]
         config = launch_config(D)

@@ -26,6 +26,9 @@ from seal_kernels.rms_norm import add_rms_norm, rms_norm
 from seal_kernels.rotary import rotary
 from seal_kernels.swiglu import swiglu
 
+# Nothing here draws from torch's generators (dropout has its own hash), so their states need not be kept.
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -150,7 +153,7 @@ class Model:
         for i in range(len(self.layers)):
             step = partial(self._layer, i, batch, rotation, lora, recompute)
             if recompute == "layer":
-                x, sums = checkpoint(step, x, sums, use_reentrant=False)
+                x, sums = _checkpoint(step, x, sums)
             else:
                 x, sums = step(x, sums)
         return rms_norm(x, self.norm, eps) if sums is None else add_rms_norm(x, sums, self.norm, eps)[0]
@@ -176,8 +179,8 @@ class Model:
         return self._mlp(i, lora, normed, recompute == "mlp"), residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, D] -> [N, V] float32."""
-        return frozen_linear(hidden, self.lm_head, batch_invariant=self.batch_invariant).float()
+        """hidden [N, D] -> [N, V] float32, which no product rounds to fewer bits: as in `token_logprobs`."""
+        return frozen_linear(hidden, self.lm_head, None, self.batch_invariant, torch.float32)
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log p(targets[n] | hidden[n]), [N] float32, for hidden [N, D] and targets [N] int64; differentiable."""
@@ -191,9 +194,10 @@ class Model:
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos, sin [T, E / 2], float32."""
-        angles = positions.float()[:, None] * self.inverse_frequencies
+        angles = positions[:, None] * self.inverse_frequencies
         scale = self.config.rope.attention_factor
-        return angles.cos() * scale, angles.sin() * scale
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
     def _attention(
         self,
@@ -228,8 +232,8 @@ class Model:
             return down(activate(x))
         # A frozen product keeps nothing for backward and need not be made again; one with an adapter keeps its input.
         if lora is not None and (i, ProjectionGroup.DOWN) in lora.groups:
-            return checkpoint(lambda x: down(activate(x)), x, use_reentrant=False)
-        return down(checkpoint(activate, x, use_reentrant=False))
+            return _checkpoint(lambda x: down(activate(x)), x)
+        return down(_checkpoint(activate, x))
 
     def _activate(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
         layer, group = self.layers[i], ProjectionGroup.GATE_UP

@@ -1,33 +1,40 @@
 """The decode step as CUDA graphs: one launch for a whole pass of the model, where the host would need hundreds.
 
-A graph replays what was launched once, at the same addresses and grids. So a step's sequences, one row each, and the
-tables that assign adapters to rows are copied into static tensors, padded: rows to a power of two, contexts to a power
-of four of blocks. A padded row has no query, no slot and no adapter, so it neither reads nor writes another row's K/V.
-There is a graph for each such size and for each kind of adapters, as far as the kind decides a launch: its groups, its
-largest number of rank rows, its alignment.
+A graph replays what was launched once, at the same addresses and grids. So a step's arrays are padded, sequences to a
+power of two, contexts to a power of four of blocks, and written into static tensors in one copy. A padded sequence has
+no query, no slot and no adapter, so it neither reads nor writes another's K/V. There is a graph for each such size and
+for each kind of adapters, as far as the kind decides a launch: its groups, its largest number of rank rows, its
+alignment. A size is captured when it occurs for the second time.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
-from seal_engine.types import PagedBatch
+from seal_engine.types import PagedArrays, PagedBatch
 from seal_kernels.dispatch import INTERPRET
-from seal_kernels.lora_tables import BatchTables
+from seal_kernels.lora_tables import BLOCK_FIELDS, BatchTables, block_records
+from seal_kernels.transfer import pack, views
 
 MAX_GRAPHS = 64  # kept at once; the least recently used is dropped first, because each holds its activations' memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Graph:
-    batch: PagedBatch  # of static tensors
-    lora: LoraBatch | None  # with static tables
-    replay: Callable[[], Tensor]  # returns the hidden states [rows, D] of what the tensors hold
+    """One size of decode step. Its arrays are written to `buffer`, which batch and lora consist of views of."""
+
+    buffer: Tensor
+    batch: PagedBatch
+    lora: LoraBatch | None
+    copied_table: Tensor | None = None  # the factor table that lora's was copied from
+    replay: Callable[[], Tensor] | None = None  # once captured; returns the hidden states [S, D]
 
 
 class DecodeGraphs:
@@ -38,70 +45,80 @@ class DecodeGraphs:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._pool = None if INTERPRET else torch.cuda.graph_pool_handle()
 
-    def hidden_states(self, batch: PagedBatch, lora: LoraBatch | None) -> Tensor:
-        """Return Model.hidden_states of a batch with max_query 1: [T, D], overwritten by the next call."""
-        T = len(batch.token_ids)
-        rows, width = 1 << (T - 1).bit_length(), 4
-        while width < batch.block_tables.shape[1]:
+    def hidden_states(
+        self, arrays: PagedArrays, keys: Tensor, values: Tensor, lora: LoraBatch | None, tokens: Sequence[int]
+    ) -> Tensor:
+        """Return Model.hidden_states of a step with one new token per sequence: [T, D], overwritten by the next call.
+
+        lora: of the step's adapters, and maybe of others. tokens: how many of the step's tokens each of its segments
+        has.
+        """
+        T, M = arrays.block_tables.shape
+        S, width = padded_sequences(T), 4
+        while width < M:
             width *= 4
-        key = rows, width, batch.keys.data_ptr(), _kind(lora)
-        if key not in self._graphs:
+        written = [*arrays.padded(S, width)]
+        if lora is not None:
+            written.append(_padded_blocks(tokens, S))
+        key = S, width, keys.data_ptr(), _kind(lora)
+        first_time = key not in self._graphs
+        if first_time:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[key] = self._make(rows, width, batch, lora)
+            self._graphs[key] = self._make(written, keys, values, lora)
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
-        _fill(graph, batch, lora)
+        graph.buffer.copy_(pack(written, pin_memory=graph.buffer.device.type == "cuda")[0], non_blocking=True)
+        if lora is not None and graph.lora is not None and lora.tables is not None and graph.lora.tables is not None:
+            factor_table = lora.tables.factor_table
+            if factor_table is not graph.copied_table:
+                graph.lora.tables.factor_table[:, : factor_table.shape[1]].copy_(factor_table)
+                graph.copied_table = factor_table
+        if first_time or self._pool is None:  # compiles the kernels, which a capture must not do
+            return self.model.hidden_states(graph.batch, graph.lora)[:T]
+        if graph.replay is None:
+            graph.replay = self._capture(graph)
         return graph.replay()[:T]
 
-    def _make(self, rows: int, width: int, batch: PagedBatch, lora: LoraBatch | None) -> _Graph:
-        def empty(like: Tensor, *shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=like.dtype, device=like.device)
+    def _make(self, written: Sequence[np.ndarray], keys: Tensor, values: Tensor, lora: LoraBatch | None) -> _Graph:
+        packed, starts = pack(written, pin_memory=False)
+        buffer = torch.empty_like(packed, device=keys.device)
+        tensors = views(buffer, written, starts)
+        S, width = written[4].shape
+        batch = PagedBatch(*tensors[:6], 1, width * keys.shape[2], keys, values)
+        if lora is None or lora.tables is None:
+            return _Graph(buffer, batch, None)
+        blocks, records = tensors[6], lora.tables.factor_table
+        records = records.new_zeros(len(records), S, *records.shape[2:])
+        tables = [
+            replace(t, factor_table=r, token_blocks=blocks, segment_blocks=blocks)
+            for t, r in zip(lora.tables.groups, records, strict=True)
+        ]
+        groups = zip(lora.groups.items(), tables, strict=True)
+        groups = {key: replace(group, bounds=(0, S), params=[], grads=[], tables=t) for (key, group), t in groups}
+        return _Graph(buffer, batch, replace(lora, groups=groups, tables=BatchTables(tables, records, blocks)))
 
-        static = replace(
-            batch,
-            token_ids=empty(batch.token_ids, rows),
-            positions=empty(batch.positions, rows),
-            cu_seqlens=empty(batch.cu_seqlens, rows + 1),
-            context_lens=empty(batch.context_lens, rows),
-            block_tables=empty(batch.block_tables, rows, width),
-            slot_mapping=empty(batch.slot_mapping, rows),
-            max_query=1,
-            max_context=width * batch.keys.shape[2],
-        )
-        static_lora = None
-        if lora is not None and lora.tables is not None:
-            tables, records, blocks = lora.tables
-            records, blocks = empty(records, len(records), rows, *records.shape[2:]), empty(blocks, rows, 4)
-            tables = [
-                replace(t, factor_table=r, token_blocks=blocks, segment_blocks=blocks)
-                for t, r in zip(tables, records, strict=True)
-            ]
-            groups = zip(lora.groups.items(), tables, strict=True)
-            groups = {key: replace(group, bounds=(0, rows), tables=t) for (key, group), t in groups}
-            static_lora = replace(lora, groups=groups, tables=BatchTables(tables, records, blocks))
-
-        def run() -> Tensor:
-            return self.model.hidden_states(static, static_lora)
-
-        graph = _Graph(static, static_lora, run)
-        if self._pool is None:
-            return graph
-        _fill(graph, batch, lora)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # compiles kernels and makes the library's workspaces, neither of which a capture may do
-        torch.cuda.current_stream().wait_stream(stream)
+    def _capture(self, graph: _Graph) -> Callable[[], Tensor]:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured, pool=self._pool):
-            out = run()
+            hidden = self.model.hidden_states(graph.batch, graph.lora)
 
         def replay() -> Tensor:
             captured.replay()
-            return out
+            return hidden
 
-        return replace(graph, replay=replay)
+        return replay
+
+
+def padded_sequences(S: int) -> int:
+    """The number of sequences that S are padded to: a power of two."""
+    return 1 << (S - 1).bit_length()
+
+
+def _padded_blocks(tokens: Sequence[int], S: int) -> np.ndarray:
+    """[S, BLOCK_FIELDS]: the blocks of tokens of each segment, then empty ones: token 0 to token 0 of segment 0."""
+    blocks = block_records([0, *accumulate(tokens)])
+    return np.concatenate([blocks, np.zeros((S - len(blocks), int(BLOCK_FIELDS)), blocks.dtype)])
 
 
 def _kind(lora: LoraBatch | None) -> tuple:
@@ -110,20 +127,3 @@ def _kind(lora: LoraBatch | None) -> tuple:
         return ()
     tables = ((key, group.columns, group.tables) for key, group in lora.groups.items())
     return tuple((key, columns, t.h_width, *t.a, t.b, t.aligned, t.aligned_h) for key, columns, t in tables if t)
-
-
-def _fill(graph: _Graph, batch: PagedBatch, lora: LoraBatch | None) -> None:
-    """Copy a step into the static tensors, and make the rows behind it empty."""
-    T, static = len(batch.token_ids), graph.batch
-    for name, padding in (("token_ids", 0), ("positions", 0), ("context_lens", 0), ("slot_mapping", -1)):
-        target, source = getattr(static, name), getattr(batch, name)
-        target[:T].copy_(source, non_blocking=True)
-        target[T:].fill_(padding)
-    static.cu_seqlens[: T + 1].copy_(batch.cu_seqlens)
-    static.cu_seqlens[T + 1 :].fill_(T)
-    static.block_tables[:T, : batch.block_tables.shape[1]].copy_(batch.block_tables)
-    if lora is not None and lora.tables is not None and graph.lora is not None and graph.lora.tables is not None:
-        (_, records, blocks), (_, static_records, static_blocks) = lora.tables, graph.lora.tables
-        static_records[:, : records.shape[1]].copy_(records)
-        static_blocks[: len(blocks)].copy_(blocks)
-        static_blocks[len(blocks) :].zero_()  # an empty range: token 0 to token 0 of segment 0

@@ -19,10 +19,12 @@ from collections.abc import Hashable, Sequence
 from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from seal_engine.model.config import ModelConfig
 from seal_engine.types import is_integer, require
+from seal_kernels.transfer import to_device
 
 
 class OutOfBlocks(RuntimeError):  # noqa: N818 (a condition that a scheduler handles, by preempting a sequence)
@@ -238,11 +240,10 @@ class KVCache:
         """Copy the K/V of (old, new) blocks, reading all before writing any. ValueError if two new ones are equal."""
         if not pairs:
             return
-        old, new = torch.tensor(pairs).T
-        if len(set(new.tolist())) < len(pairs):
+        if len({new for _, new in pairs}) < len(pairs):
             raise ValueError(f"blocks are copied onto the same block: {pairs}")
-        device = self._memory.device
-        self._memory.index_copy_(2, new.to(device), self._memory.index_select(2, old.to(device)))
+        old, new = to_device(self._memory.device, *np.array(pairs).T)
+        self._memory.index_copy_(2, new, self._memory.index_select(2, old))
 
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype, block_size: int = 16) -> int:

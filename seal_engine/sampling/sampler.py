@@ -8,8 +8,7 @@ own prompt, adapter and seed.
 
 from collections import abc
 from contextlib import contextmanager
-from itertools import groupby
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +19,23 @@ from seal_engine.model.adapters import Adapter
 from seal_engine.model.devices import on_device
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
-from seal_engine.sampling.decode_graph import DecodeGraphs
+from seal_engine.sampling.decode_graph import DecodeGraphs, padded_sequences
 from seal_engine.sampling.detokenizer import Decode, Detokenizer
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
 from seal_engine.sampling.scheduler import Chunk, Request, Scheduler, Sequence
-from seal_engine.types import InputError, PagedBatch, is_integer
+from seal_engine.types import InputError, PagedArrays, is_integer
 from seal_kernels.cross_entropy import logprobs_of
-from seal_kernels.sampling import sample_tokens
+from seal_kernels.sampling import LIMIT, sample_tokens
+from seal_kernels.transfer import to_device
+
+
+class _StepAdapters(NamedTuple):
+    """The adapters of a step, in the order of their tokens, with the parameters that `batch` reads."""
+
+    params: dict[Adapter | None, Tensor | None]
+    tokens: list[int]
+    batch: LoraBatch | None
 
 
 class Sampler:
@@ -64,7 +72,7 @@ class Sampler:
         self.graphs = DecodeGraphs(model) if model.device.type == "cuda" else None
         self._requests: dict[int, Request] = {}
         self._num_submitted = 0
-        self._lora: tuple[Any, LoraBatch | None] = ((), None)  # of the last step: the next often has the same segments
+        self._lora: _StepAdapters | None = None
 
     def add_request(
         self,
@@ -202,6 +210,8 @@ class Sampler:
             for request in dict.fromkeys(chunk.sequence.request for chunk in chunks):
                 saved += [(sequence, len(sequence.completion.token_ids)) for sequence in request.unfinished]
             deltas = self._compute(chunks) if chunks else []
+        if not self.busy:
+            self._lora = None  # which holds adapters
         self.tokens_done += sum(len(delta.token_ids) for delta in deltas)
         return deltas
 
@@ -209,11 +219,13 @@ class Sampler:
         """Compute what was scheduled, and sample the next token of each sequence that is computed to its end."""
         self.cache.copy([chunk.block_copy for chunk in chunks if chunk.block_copy is not None])
         chunks.sort(key=lambda chunk: getattr(chunk.sequence.request.adapter, "uid", 0))
-        batch, lora = self._batch(chunks), self._lora_batch(chunks)
-        if self.graphs is not None and batch.max_query == 1:
-            hidden = self.graphs.hidden_states(batch, lora)  # [T, D]
+        arrays, keys, values = self._arrays(chunks), self.cache.keys, self.cache.values
+        decodes = self.graphs is not None and all(chunk.num_tokens == 1 for chunk in chunks)
+        lora, tokens = self._lora_batch(chunks, decodes)
+        if self.graphs is not None and decodes:
+            hidden = self.graphs.hidden_states(arrays, keys, values, lora, tokens)  # [T, D]
         else:
-            hidden = self.model.hidden_states(batch, lora)
+            hidden = self.model.hidden_states(arrays.batch(keys, values), lora)
         self.tokens_computed += len(hidden)
         ready: list[Sequence] = []  # those whose next token can be sampled
         rows: list[int] = []  # their last tokens' rows of `hidden`
@@ -225,12 +237,9 @@ class Sampler:
             newly_ready = self.scheduler.mark_computed(sequence, num_tokens)
             ready += newly_ready
             rows += [end - 1] * len(newly_ready)
-        if not ready:
-            return []
-        last_hidden = hidden.index_select(0, torch.tensor(rows, device=hidden.device))  # [N, D]
-        return self._sample(self.model.logits(last_hidden), ready)
+        return self._sample(hidden, rows, ready) if ready else []
 
-    def _batch(self, chunks: list[Chunk]) -> PagedBatch:
+    def _arrays(self, chunks: list[Chunk]) -> PagedArrays:
         block_size = self.cache.pool.block_size
         counts = np.array([chunk.num_tokens for chunk in chunks])
         starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks])
@@ -243,32 +252,31 @@ class Sampler:
         owner = np.repeat(np.arange(len(chunks)), counts)  # the chunk of each token
         positions = np.arange(bounds[-1]) - bounds[owner] + starts[owner]
         slot_mapping = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        context_lens = (starts + counts).astype(np.int32)
+        return PagedArrays(np.array(token_ids), positions, bounds.astype(np.int32), context_lens, tables, slot_mapping)
 
-        def put(values: Any, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(values, dtype=dtype).to(self.model.device, non_blocking=True)
+    def _lora_batch(self, chunks: list[Chunk], decodes: bool) -> tuple[LoraBatch | None, list[int]]:
+        """(the adapters of a step, the step's tokens of each of its segments); the last step's adapters if they serve.
 
-        return PagedBatch(
-            token_ids=put(token_ids, torch.int64),
-            positions=put(positions, torch.int64),
-            cu_seqlens=put(bounds, torch.int32),
-            context_lens=put(starts + counts, torch.int32),
-            block_tables=put(tables, torch.int32),
-            slot_mapping=put(slot_mapping, torch.int64),
-            max_query=int(counts.max()),
-            max_context=int((starts + counts).max()),
-            keys=self.cache.keys,
-            values=self.cache.values,
-        )
-
-    def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
-        adapters, num_tokens = [], []
-        for adapter, segment in groupby(chunks, key=lambda chunk: chunk.sequence.request.adapter):
-            adapters.append(adapter)
-            num_tokens.append(sum(chunk.num_tokens for chunk in segment))
-        key = list(zip(adapters, num_tokens, strict=True))
-        if key != self._lora[0]:
-            self._lora = key, LoraBatch.make(adapters, num_tokens)
-        return self._lora[1]
+        For a decode graph they serve, too, if some of them have no token in this step: sequences end in most steps, and
+        tables take the host longer than the step takes the device.
+        """
+        wanted: dict[Adapter | None, int] = {}
+        for chunk in chunks:
+            adapter = chunk.sequence.request.adapter
+            wanted[adapter] = wanted.get(adapter, 0) + chunk.num_tokens
+        if not any(wanted):
+            return None, []
+        params = {adapter: None if adapter is None else adapter.params for adapter in wanted}
+        last = self._lora
+        if last is not None and all(last.params.get(adapter) is p for adapter, p in params.items()):
+            tokens = [wanted.get(adapter, 0) for adapter in last.params]
+            fits = wanted.keys() <= last.params.keys() and len(tokens) <= padded_sequences(len(chunks))
+            if (decodes and fits) or (list(wanted), tokens) == (list(last.params), last.tokens):
+                return last.batch, tokens
+        tokens = list(wanted.values())
+        self._lora = _StepAdapters(params, tokens, LoraBatch.make(list(wanted), tokens))
+        return self._lora.batch, tokens
 
     def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
         """Append the log-probabilities of the prompt tokens that a chunk's hidden states predict."""
@@ -280,22 +288,22 @@ class Sampler:
             targets = torch.tensor(prompt[first + 1 : first + 1 + len(hidden)], device=hidden.device)
             output.prompt_logprobs = scored + self.model.token_logprobs(hidden, targets.long()).tolist()
 
-    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Delta]:
-        """Sample the next token of each sequence from its row of the logits [N, V], and append it."""
-        adjusted = self._adjust_logits(logits, sequences)
+    def _sample(self, hidden: Tensor, rows: list[int], sequences: list[Sequence]) -> list[Delta]:
+        """Sample the next token of each sequence from its row of the hidden states [T, D], and append it."""
         params = [sequence.request.params for sequence in sequences]
-
-        def column(values: list[Any], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
-
-        tokens, _ = sample_tokens(
-            adjusted,
-            column([p.temperature for p in params], torch.float32),
-            column([min(max(0, p.top_k), logits.shape[1]) for p in params], torch.int32),
-            column([p.top_p for p in params], torch.float32),
-            column([sequence.seed for sequence in sequences], torch.int64),
-            column([len(sequence.completion.token_ids) for sequence in sequences], torch.int64),
+        vocab_size = self.model.config.vocab_size
+        last_tokens, *settings = to_device(
+            hidden.device,
+            np.array(rows),
+            np.array([min(p.temperature, LIMIT) for p in params], dtype=np.float32),
+            np.array([min(max(0, p.top_k), vocab_size) for p in params], dtype=np.int32),
+            np.array([p.top_p for p in params], dtype=np.float32),
+            np.array([sequence.seed for sequence in sequences]),
+            np.array([len(sequence.completion.token_ids) for sequence in sequences]),
         )
+        logits = self.model.logits(hidden.index_select(0, last_tokens))  # [N, V]
+        adjusted = self._adjust_logits(logits, sequences)
+        tokens, _ = sample_tokens(adjusted, *settings)
         logprobs, top_logprobs = self._logprobs(logits, tokens, sequences)
         deltas = []
         for i, (sequence, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):

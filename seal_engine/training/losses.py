@@ -2,20 +2,28 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seal_engine.training.jobs import Datum
 from seal_engine.types import InputError
+from seal_kernels.transfer import to_device
 
 
-def job_losses(logprobs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The loss of each job's part of a pass, [jobs] float32: minus the sum of its target tokens' log-probabilities.
+def job_losses(logprobs: Tensor, counts: Sequence[int], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(losses [jobs] float64, d losses / d logprobs [n] float32) of the jobs in a pass, each with target tokens of it.
 
-    logprobs: [target tokens] of each job. weights: 1 / the target tokens of the whole optimizer step, so that the parts
-    of a step sum to its mean.
+    A job's loss is minus the sum of its target tokens' log-probabilities times its weight: 1 / the target tokens of the
+    whole optimizer step, so that the parts of a step sum to its mean. logprobs: [n] float32, the first counts[0] of
+    them the first job's, and so on.
     """
-    return torch.stack([-own.sum() * weight for own, weight in zip(logprobs, weights, strict=True)])
+    scales = -np.array(weights)
+    gradient = np.repeat(scales, counts).astype(np.float32)
+    gradient, scales, lengths = to_device(logprobs.device, gradient, scales, np.array(counts))
+    # unsafe: lengths are not checked, for which the host would wait
+    sums = torch.segment_reduce(logprobs.detach().double(), "sum", lengths=lengths, unsafe=True)
+    return sums * scales, gradient
 
 
 def datum_loss(datum: Datum, logprobs: Tensor, name: str) -> Tensor:

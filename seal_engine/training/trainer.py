@@ -21,6 +21,7 @@ from seal_engine.training.losses import job_losses
 from seal_engine.training.schedule import JobState
 from seal_engine.training.verbs import AdapterBatch, advance_adapters, target_logprobs, validate_dtype
 from seal_engine.types import InputError, is_integer
+from seal_kernels.transfer import HostCopy
 
 
 class Trainer:
@@ -53,7 +54,8 @@ class Trainer:
         self._finished: list[Adapter] = []  # on the device, of these bytes together
         self._finished_bytes = 0
         self._free_states: list[Tensor] = []  # gradients and moments of jobs that have left, all of one size
-        self._pending: list[tuple[list[JobState], list[JobState], Tensor, Tensor | None]] = []
+        # (jobs of a pass, those whose optimizer step it ended, losses of the ones and gradient norms of the others)
+        self._pending: list[tuple[list[JobState], list[JobState], HostCopy]] = []
         # (job, loss of its part of a pass, gradient norm if that ended an optimizer step). loss None: its end is due.
         self._events: list[tuple[JobState, float | None, float | None]] = []
         self._submitted = 0
@@ -103,6 +105,8 @@ class Trainer:
     def step(self) -> None:
         """One pass: the next micro-step of as many jobs as fit the token budget, and the optimizer steps now due.
 
+        On a GPU the losses of a pass are read after the next one is launched, so that the device need not wait.
+
         Resident jobs go first, those that were left out of the last pass before the others. While the pass has room,
         waiting jobs are admitted one at a time; the first that does not fit is resident and goes first in the next
         pass. So no job is skipped for a smaller one, and hardly any memory lies idle.
@@ -115,7 +119,7 @@ class Trainer:
     def _step(self) -> None:
         for state in [state for state in self._resident if state.job_id in self._results]:
             self._release(state)  # an interrupt came between its result and this
-        self._collect_losses()
+        self._collect_losses(self._max_unread())
         chosen: list[JobState] = []
         num_tokens = 0
         for state in self._candidates():
@@ -125,13 +129,20 @@ class Trainer:
                 chosen.append(state)
                 num_tokens += state.next_tokens
         if not chosen:
+            self._collect_losses()
             return
         self._train_micro_steps(chosen)
         self.tokens_done += num_tokens
         done = {state.job_id for state in chosen}
         self._resident = [state for state in self._resident if state.job_id not in done] + chosen
-        if self.model.device.type == "cpu" or not any(state.next for state in self._resident):
-            self._collect_losses()
+        self._collect_losses(self._max_unread() if any(state.next for state in self._resident) else 0)
+
+    def _max_unread(self) -> int:
+        """How many passes' losses may stay unread: on a GPU those of one pass, so that it has work while the host
+        prepares the next. None where a checkpoint may be due, which is written when the loss of its step is read.
+        """
+        checkpoints = any(state.job.checkpoint_dir is not None for state in self._resident)
+        return 0 if checkpoints or self.model.device.type == "cpu" else 1
 
     def _candidates(self) -> Iterator[JobState]:
         """Resident jobs, then waiting ones; a waiting job is admitted when it is asked for."""
@@ -150,15 +161,16 @@ class Trainer:
             dropout_key = (state.job.seed or 0, state.num_micro_steps)
             batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key))
             weights.append(state.next.weight)
-        logprobs = target_logprobs(self.model, batches, self.recompute)
-        losses = job_losses(logprobs, weights)
+        logprobs, counts = target_logprobs(self.model, batches, self.recompute)
+        losses, gradient = job_losses(logprobs, counts, weights)
         with self._whole_or_failed(chosen):
-            losses.sum().backward()
+            logprobs.backward(gradient)
             stepping = [state for state in chosen if state.next is not None and state.next.ends_step]
-            norms = advance_adapters([(state.adapter, state.adam()) for state in stepping]) if stepping else None
+            if stepping:
+                losses = torch.cat([losses, advance_adapters([(state.adapter, state.adam()) for state in stepping])])
             for state in chosen:
                 state.advance()
-            self._pending.append((chosen, stepping, losses.detach(), norms))
+            self._pending.append((chosen, stepping, HostCopy(losses)))
 
     @contextmanager
     def _whole_or_failed(self, states: Sequence[JobState]) -> Iterator[None]:
@@ -173,15 +185,16 @@ class Trainer:
                     )
             raise
 
-    def _collect_losses(self) -> None:
-        """Read the losses and norms of passes that have been made: on a GPU, while it computes the next pass.
+    def _collect_losses(self, max_unread: int = 0) -> None:
+        """Read the losses and norms of passes that have been made, but for the last max_unread ones.
 
         An exception, of the callback for example, loses nothing: what is not recorded yet is recorded by the next call.
         """
-        while self._pending:
-            chosen, stepping, losses, norms = self._pending[0]
-            norm_of = dict(zip(stepping, norms.tolist() if norms is not None else [], strict=True))
-            events = [(state, loss, norm_of.get(state)) for state, loss in zip(chosen, losses.tolist(), strict=True)]
+        while len(self._pending) > max_unread:
+            chosen, stepping, numbers = self._pending[0]
+            losses = numbers.tolist()
+            norm_of = dict(zip(stepping, losses[len(chosen) :], strict=True))
+            events = [(state, loss, norm_of.get(state)) for state, loss in zip(chosen, losses, strict=False)]
             self._pending, self._events = self._pending[1:], [*self._events, *events]
         while self._events:
             state, loss, norm = self._events[0]

@@ -6,7 +6,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from seal_engine.training.jobs import AdamParams, Datum, DatumResult
 from seal_engine.training.losses import datum_loss
 from seal_engine.types import InputError, PackedBatch, chunks, is_list, require
 from seal_kernels.adamw import Hyper, adamw_step
+from seal_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ def validate_dtype(model: Model) -> None:
     require(computes != "float16", "dtype", computes, "bfloat16 or float32 to train on this device; sampling takes all")
 
 
-def target_logprobs(model: Model, batches: Sequence[AdapterBatch], recompute: str) -> list[Tensor]:
-    """Each adapter's log-probabilities of its target tokens, [n] float32 in order, attached to one graph.
+def target_logprobs(model: Model, batches: Sequence[AdapterBatch], recompute: str) -> tuple[Tensor, list[int]]:
+    """(log-probabilities of all target tokens in order, [n] float32 with a graph; how many of them each adapter has).
 
     Backward from them adds to the adapters' gradients.
     """
@@ -49,10 +52,10 @@ def target_logprobs(model: Model, batches: Sequence[AdapterBatch], recompute: st
     batch = PackedBatch.pack(sequences, model.device)
     lora = LoraBatch.make([part.adapter for part in batches], tokens, train=True, dropout_keys=keys)
     hidden = model.hidden_states(batch, lora, recompute=recompute)
-    wanted = torch.tensor([t for target in targets for t in target], dtype=torch.bool).nonzero().squeeze(1)
-    wanted = wanted.to(model.device)
-    logprobs = model.token_logprobs(hidden.index_select(0, wanted - 1), batch.token_ids[wanted])
-    return list(logprobs.split(counts))
+    token_ids = np.fromiter(chain.from_iterable(sequences), np.int64, sum(tokens))
+    is_target = np.fromiter(chain.from_iterable(targets), np.bool_, len(token_ids))
+    rows, target_ids = to_device(model.device, is_target.nonzero()[0] - 1, token_ids[is_target])
+    return model.token_logprobs(hidden.index_select(0, rows), target_ids), counts
 
 
 def forward_backward(
@@ -68,7 +71,6 @@ def forward_backward(
     for i, datum in enumerate(data):
         _check_datum(datum, f"data[{i}]", model)
     parts = list(chunks([len(datum.token_ids) for datum in data], token_budget))
-    # A callable of a later chunk may fail after the backward pass of an earlier one.
     # A callable of a later part may fail after the backward pass of an earlier one.
     needs_rollback = len(parts) > 1 and any(callable(datum.loss) for datum in data)
     before = {datum.adapter: datum.adapter.grads for datum in data}
@@ -91,14 +93,15 @@ def _forward_backward_chunk(model: Model, data: Sequence[Datum], chunk: list[int
     for i in chunk:
         by_adapter.setdefault(data[i].adapter.uid, []).append(i)
     batches = []
-    for members in by_adapter.values():
-        adapter = data[members[0]].adapter
+    for group in by_adapter.values():
+        adapter = data[group[0]].adapter
         adapter.allocate_optimizer_state()
-        sequences = [data[i].token_ids for i in members]
+        sequences = [data[i].token_ids for i in group]
         batches.append(AdapterBatch(adapter, sequences, [[False, *[True] * (len(s) - 1)] for s in sequences]))
-    logprobs: dict[int, Tensor] = {}
-    for members, joined in zip(by_adapter.values(), target_logprobs(model, batches, recompute), strict=True):
-        logprobs |= zip(members, joined.split([len(data[i].token_ids) - 1 for i in members]), strict=True)
+    members = list(chain.from_iterable(by_adapter.values()))
+    joined, _ = target_logprobs(model, batches, recompute)
+    parts = joined.split([len(data[i].token_ids) - 1 for i in members])
+    logprobs = dict(zip(members, parts, strict=True))
     losses = torch.stack([datum_loss(data[i], logprobs[i], f"data[{i}].loss") for i in chunk])
     losses.sum().backward()
     return [DatumResult(loss, logprobs[i].detach().cpu()) for i, loss in zip(chunk, losses.tolist(), strict=True)]

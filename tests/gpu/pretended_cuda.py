@@ -186,6 +186,8 @@ class PretendedCuda:
         self.inside = 0  # > 0 while torch runs an operation of this device: then "meta" means the device
         self.variants: dict[str, set] = {}  # a kernel's name -> what it would be compiled for
         self.allocations: weakref.WeakValueDictionary[int, _Allocation] = weakref.WeakValueDictionary()
+        self.pinned: dict[int, torch.UntypedStorage] = {}  # host memory that the device copies from by itself
+        self.arriving: list[Callable[[], Any]] = []  # copies to pinned memory that the host has not waited for
         self._exit = contextlib.ExitStack()
         self.reset_counts()
 
@@ -256,15 +258,36 @@ class PretendedCuda:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind})")
 
     def sync(self, kind: str) -> None:
-        """The host waits for the device."""
+        """The host waits for the device: what was to be copied to pinned memory has arrived."""
         self.refuse_in_capture(kind)
         self.syncs[f"{kind}, {_source_line()}"] += 1
+        while self.arriving:
+            self.arriving.pop()()
 
-    def copy_from_host(self, non_blocking: bool = False) -> None:
-        """A copy from pageable memory: unless non_blocking, the host waits for it, and so for all before it."""
+    def copy_from_host(self, source: Tensor | None = None, non_blocking: bool = False) -> None:
+        """A copy from the host, which waits for it, and so for all before it, unless it is from pinned memory."""
         self.refuse_in_capture("copy from the host")
-        if not non_blocking:
+        if source is None or not non_blocking or not self._is_pinned(source):
             self.sync("copy from the host")
+
+    def copy_to_host(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
+        """A copy to the host. If it need not wait, pinned memory holds NaN until the host waits for something."""
+        if not non_blocking or not self._is_pinned(target):
+            self.sync("copy to the host")
+            target.copy_(source)
+            return
+        self.refuse_in_capture("copy to the host")
+        ctypes.memset(target.data_ptr(), 0xFF, target.nbytes)
+        source = source.clone()
+        self.arriving.append(lambda: target.copy_(source))
+
+    def _is_pinned(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self.pinned
+
+    def _pin(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        self.pinned[storage.data_ptr()] = storage
+        return x
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """A function of torch with a tensor of the device among its arguments."""
@@ -303,19 +326,23 @@ class PretendedCuda:
         wanted = None if wanted is None else torch.device(wanted)
         here = bool(ours) or self.inside > 0
         if not ours and not (wanted is not None and (wanted.type == "cuda" or (wanted.type == "meta" and here))):
-            return func(*args, **kwargs)
+            pin_memory = kwargs.pop("pin_memory", None)
+            out = func(*args, **kwargs)
+            return self._pin(out) if pin_memory else out
         on_host = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, CudaTensor)]
         self._check_devices(func, name, ours, on_host)
         if name == "_to_copy" and ours and wanted is not None and wanted.type == "cpu":
             self.sync("copy to the host")
             return func(ours[0].data_on_cpu, **{**kwargs, "non_blocking": False})
         if name == "_to_copy" and not ours:
-            self.copy_from_host(kwargs.get("non_blocking", False))
+            self.copy_from_host(args[0], kwargs.get("non_blocking", False))
         elif name == "copy_" and ours and on_host:
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             if not isinstance(args[0], CudaTensor):
-                self.sync("copy to the host")
-            elif on_host[0].dim() > 0:
-                self.copy_from_host(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+                self.copy_to_host(args[0], args[1].data_on_cpu, non_blocking)
+                return args[0]
+            if on_host[0].dim() > 0:
+                self.copy_from_host(on_host[0], non_blocking)
         elif name == "_local_scalar_dense":
             self.sync("item")
         elif name in DATA_DEPENDENT:
@@ -458,6 +485,13 @@ class PretendedCuda:
             def synchronize(self) -> None:
                 _running().sync("synchronize")
 
+        class Event:
+            def record(self) -> None:
+                pass
+
+            def synchronize(self) -> None:
+                _running().sync("wait for an event")
+
         class Properties:
             name, major, minor, multi_processor_count = "pretended", 9, 0, 132
             total_memory = self.total_bytes
@@ -478,6 +512,7 @@ class PretendedCuda:
             "empty_cache": lambda: None,
             "synchronize": lambda *args: self.sync("synchronize"),
             "Stream": Stream,
+            "Event": Event,
             "current_stream": lambda *args: Stream(),
             "stream": lambda stream: contextlib.nullcontext(),
             "device": lambda *args: contextlib.nullcontext(),

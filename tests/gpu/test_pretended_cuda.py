@@ -13,7 +13,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 
 import seal_engine.plan
-import seal_engine.sampling.decode_graph
 import seal_engine.training.trainer
 import seal_kernels.cross_entropy
 import seal_kernels.lora_tables
@@ -25,8 +24,10 @@ from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.transformer import Model
 from seal_engine.plan import RECOMPUTE, make_plan
+from seal_engine.sampling import decode_graph
 from seal_engine.training.jobs import AdamParams, Datum
 from seal_engine.training.trainer import Trainer
+from seal_engine.types import PagedArrays
 from seal_kernels.dispatch import INTERPRET
 
 pytestmark = [
@@ -36,12 +37,12 @@ pytestmark = [
 
 # Budgets: what was measured when they were written. A change that needs less lowers them; one that needs more is to be
 # explained. `pytest -rP` shows the counts by line.
-SYNCS_PER_TRAINING_PASS = 10
-SYNCS_PER_DECODE_STEP = 7
+SYNCS_PER_TRAINING_PASS = 1  # for the losses of the pass before, which the device has done
+SYNCS_PER_DECODE_STEP = 1  # for the tokens
 LAUNCHES_PER_LAYER = {"none": 45, "mlp": 52, "layer": 62}  # of a training pass, forward and backward
-LAUNCHES_PER_PASS = 44  # beside the layers: embeddings, norm, loss, optimizer
+LAUNCHES_PER_PASS = 26  # beside the layers: embeddings, norm, loss, optimizer
 LAUNCHES_PER_DECODED_LAYER = 18  # in a graph: they cost the host nothing, the device a few microseconds each
-LAUNCHES_PER_DECODE_STEP = 23  # beside the graph
+LAUNCHES_PER_DECODE_STEP = 5  # beside the graph
 WEIGHTS_TO_PLAN = 1.01  # norms and biases are not planned
 ACTIVATIONS_TO_PLAN = 0.9, 1.1  # peak of a pass, less weights and adapters; was 1.011 to 1.028
 VARIANTS = 156  # compilations of kernels in everything that the float32 tests of this file do
@@ -196,7 +197,7 @@ def refilled(engine, owners):
     y, z = x.copy(), x.copy()
     y.params.mul_(-1.0)
     z.params.mul_(3.0)
-    lengths = [replace(GREEDY, max_tokens=n) for n in (7, 2, 7, 6, 3)]
+    lengths = [replace(GREEDY, max_tokens=n) for n in (9, 4, 9, 8, 4)]
     return engine.generate([*PROMPTS, "the"], lengths, [x, y, z, z, x], progress=False, max_num_seqs=4)
 
 
@@ -206,8 +207,12 @@ def assert_completions_equal(engines, adapters, complete):
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert (a.error, b.error) == (None, None)
         for x, y in zip(a.outputs, b.outputs, strict=True):
-            assert (x.token_ids, x.text, x.finish_reason) == (y.token_ids, y.text, y.finish_reason)
-            assert y.logprobs == pytest.approx(x.logprobs, abs=20 * engines.bound)
+            if engines.exact:
+                assert (x.token_ids, x.text, x.finish_reason) == (y.token_ids, y.text, y.finish_reason)
+            # In bfloat16 two tokens may be as likely to rounding: what follows the first that differs is not comparable.
+            pairs = zip(x.token_ids, y.token_ids, strict=True)
+            comparable = next((i for i, (t, u) in enumerate(pairs) if t != u), len(x.token_ids)) + 1
+            assert y.logprobs[:comparable] == pytest.approx(x.logprobs[:comparable], abs=20 * engines.bound)
         if a.prompt_logprobs is not None:
             assert b.prompt_logprobs == pytest.approx(a.prompt_logprobs, abs=20 * engines.bound)
 
@@ -360,6 +365,7 @@ def decode_step(device, layers, monkeypatch):
     capture = device.capture
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graphs.append(graph) or capture(graph, **options))
     sampler.step()  # the prompts
+    sampler.step()  # a size of decode step occurs for the first time
     sampler.step()  # a capture
     counts = count_step(device, sampler.step)
     assert (device.num_captures, device.num_replays) == (0, 1)
@@ -506,7 +512,8 @@ def train_once(engine):
 
 def test_a_dropped_copy_to_the_device_is_caught(device, monkeypatch):
     trainer = seal_engine.training.trainer
-    plant(monkeypatch, trainer, "target_logprobs", "wanted = wanted.to(model.device)", "pass")
+    line = "to_device(logprobs.device, gradient,"
+    plant(monkeypatch, trainer, "job_losses", line, line.replace("logprobs.device", "torch.device('cpu')"))
     with pytest.raises(RuntimeError, match=r"on the same device, .* cuda:0 and cpu"):
         train_once(Engine(make_model(1, "cuda")))
 
@@ -536,12 +543,18 @@ def test_a_sync_inside_a_capture_is_caught(device, monkeypatch, fault, message):
         engine.generate(TEXTS, GREEDY, progress=False)
 
 
-@pytest.mark.parametrize("line", ["static_blocks[len(blocks) :].zero_()", "target[T:].fill_(padding)"])
-def test_rows_of_an_earlier_step_in_a_captured_graph_are_caught(engines, adapters, monkeypatch, line):
-    """Idle blocks and idle rows of a graph's static tensors must be made empty before each replay."""
+@pytest.mark.parametrize(
+    ("owner", "name", "line", "fault"),
+    [
+        pytest.param(decode_graph, "_padded_blocks", "accumulate(tokens)", "accumulate([1] * S)", id="a block"),
+        pytest.param(PagedArrays, "padded", "=-1", "=self.slot_mapping[0]", id="a slot"),
+    ],
+)
+def test_work_of_a_padded_sequence_is_caught(engines, adapters, monkeypatch, owner, name, line, fault):
+    """Sequences that a step lacks must have no slot in the cache and no block of tokens."""
     if not engines.exact:
         pytest.skip("what such a row changes is less than bfloat16's rounding")
-    plant(monkeypatch, seal_engine.sampling.decode_graph, "_fill", line, "pass")
+    plant(monkeypatch, owner, name, line, fault)
     with pytest.raises(AssertionError):
         assert_completions_equal(engines, adapters, refilled)
 

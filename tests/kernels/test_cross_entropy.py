@@ -13,6 +13,7 @@ from gates import GATE_DTYPES, SM, compiles, gate
 from seal_kernels import cross_entropy as module
 from seal_kernels import linear
 from seal_kernels.cross_entropy import (
+    CHUNK_BYTES,
     IGNORE,
     chunk_tokens,
     cross_entropy,
@@ -45,9 +46,10 @@ def problem(T, D, V, dtype=torch.float32, scale=1.0, ignored=False):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """32 tokens a chunk at V = 61 (of float32 gradients), and slices of 7 words at D = 24."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 32 * 61 * 8)
+    for name in ("CHUNK_BYTES", "CPU_CHUNK_BYTES"):
+        monkeypatch.setattr(module, name, 32 * 61 * 8)
     monkeypatch.setattr(linear, "SLICE_ELEMENTS", 7 * 24)
-    assert chunk_tokens(61, 4) == 32
+    assert chunk_tokens(61, 4, module.CHUNK_BYTES) == 32
 
 
 @pytest.fixture(autouse=True)
@@ -317,13 +319,13 @@ def test_memory_of_a_gpu():
 
 
 def test_chunk_tokens():
-    assert chunk_tokens(152_000, 2) == 256
-    assert chunk_tokens(10**9, 4) == 16
+    assert chunk_tokens(152_000, 2, CHUNK_BYTES) == 1024
+    assert chunk_tokens(10**9, 4, CHUNK_BYTES) == 16
     for V in (1, 37, 32_000, 128_256, 152_000):
         for size in (2, 4):
-            tokens = chunk_tokens(V, size)
+            tokens = chunk_tokens(V, size, CHUNK_BYTES)
             assert tokens % 16 == 0
-            assert tokens * V * (4 + size) <= module.CHUNK_BYTES
+            assert tokens * V * (4 + size) <= CHUNK_BYTES
 
 
 def test_wrong_arguments_are_refused():

@@ -10,7 +10,7 @@ from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
 from seal_engine.sampling.decode_graph import DecodeGraphs
 from seal_engine.sampling.kv_cache import KVCache
-from seal_engine.types import LoraConfig, PagedBatch
+from seal_engine.types import LoraConfig, PagedArrays
 from seal_kernels.dispatch import INTERPRET
 
 CONFIG = ModelConfig.from_dict(
@@ -43,7 +43,7 @@ def adapter(r, seed):
     return made
 
 
-def step(cache, contexts, blocks, seed):
+def step(contexts, blocks, seed):
     """One new token of each sequence, behind contexts[i] - 1 that are in the cache."""
     generator = torch.Generator().manual_seed(seed)
     tables = torch.zeros(len(contexts), max(map(len, blocks)), dtype=torch.int32)
@@ -51,19 +51,12 @@ def step(cache, contexts, blocks, seed):
         tables[i, : len(own)] = torch.tensor(own)
     positions = torch.tensor(contexts) - 1
     slot_mapping = tables[torch.arange(len(contexts)), positions // 16].long() * 16 + positions % 16
-    put = dict(device=DEVICE)
-    return PagedBatch(
-        token_ids=torch.randint(53, (len(contexts),), generator=generator).to(**put),
-        positions=positions.to(**put),
-        cu_seqlens=torch.arange(len(contexts) + 1, dtype=torch.int32, **put),
-        context_lens=torch.tensor(contexts, dtype=torch.int32, **put),
-        block_tables=tables.to(**put),
-        slot_mapping=slot_mapping.to(**put),
-        max_query=1,
-        max_context=max(contexts),
-        keys=cache.keys,
-        values=cache.values,
-    )
+    tensors = (
+        torch.randint(53, (len(contexts),), generator=generator), positions,
+        torch.arange(len(contexts) + 1, dtype=torch.int32), torch.tensor(contexts, dtype=torch.int32), tables,
+        slot_mapping,
+    )  # fmt: skip
+    return PagedArrays(*(tensor.numpy() for tensor in tensors))
 
 
 @pytest.mark.skipif(not INTERPRET and DEVICE.type != "cuda", reason="graphs are of the Triton path")
@@ -85,11 +78,13 @@ def test_a_graph_equals_the_model(model):
         ([32], [[8, 9]], [(c, 1)]),
     ]
     for seed, (contexts, blocks, owners) in enumerate(steps):
-        batches = [step(cache, contexts, blocks, seed) for cache in caches]
-        lora = None if owners is None else LoraBatch.make(*map(list, zip(*owners, strict=True)))
-        out = graphs.hidden_states(batches[0], lora)
+        arrays = step(contexts, blocks, seed)
+        owners, tokens = ([], []) if owners is None else map(list, zip(*owners, strict=True))
+        lora = LoraBatch.make(owners, tokens)
+        out = graphs.hidden_states(arrays, caches[0].keys, caches[0].values, lora, tokens)
         assert out.shape == (len(contexts), 32)
-        assert relative_error(out, model.hidden_states(batches[1], lora)) < 1e-5
+        expected = model.hidden_states(arrays.batch(caches[1].keys, caches[1].values), lora)
+        assert relative_error(out, expected) < 1e-5
         assert relative_error(caches[0].keys, caches[1].keys) < 1e-5, "a padded row writes nothing"
         assert relative_error(caches[0].values, caches[1].values) < 1e-5
     assert len(graphs._graphs) < len(steps), "some steps shared a graph"

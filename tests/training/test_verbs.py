@@ -370,7 +370,7 @@ def little_memory(engine, jobs):
     """A trainer that has room for the state of the two largest jobs beside a pass's activations, and no more."""
     everywhere = adapter_layout(engine.config, LoraConfig(r=1, target_modules="all-linear"))
     state = 16 * max(adapter_layout(engine.config, job.lora).size for job in jobs)
-    memory_bytes = int(activation_bytes(engine.config, everywhere, 64, 4, "none") + 2.5 * state / HEADROOM)
+    memory_bytes = int(activation_bytes(engine.config, everywhere, 64, 4, "none", cpu=True) + 2.5 * state / HEADROOM)
     return engine.trainer(token_budget=64, memory_bytes=memory_bytes, recompute="none")
 
 
