@@ -27,7 +27,7 @@ from seal_engine.sampling.scheduler import Chunk, Request, Scheduler, Sequence
 from seal_engine.types import InputError, PagedArrays, is_integer
 from seal_kernels.cross_entropy import logprobs_of
 from seal_kernels.sampling import LIMIT, sample_tokens
-from seal_kernels.transfer import to_device
+from seal_kernels.transfer import HostCopy, to_device
 
 
 class _StepAdapters(NamedTuple):
@@ -355,12 +355,13 @@ class Sampler:
         counts = {i: count for i, count in enumerate(wanted) if count is not None}
         if not counts:
             return {}, {}
-        rows = list(counts)
+        (rows,) = to_device(logits.device, np.array(list(counts)))
+        logits, tokens = logits[rows], tokens[rows, None].clamp_min(0)
         k = min(max(counts.values()), logits.shape[1])
-        ids = torch.cat([tokens[rows, None].clamp_min(0), logits[rows].topk(k, dim=1).indices], 1)  # [rows, 1 + k]
-        values = logprobs_of(logits[rows], ids).tolist()
+        ids = torch.cat([tokens, logits.topk(k, dim=1).indices], 1)  # [rows, 1 + k]
+        on_host = HostCopy(ids), HostCopy(logprobs_of(logits, ids))
         own, top = {}, {}
-        for (i, count), row_ids, row_values in zip(counts.items(), ids.tolist(), values, strict=True):
+        for (i, count), row_ids, row_values in zip(counts.items(), *(copy.tolist() for copy in on_host), strict=True):
             own[i] = row_values[0]
             top[i] = dict(zip(row_ids[1 : 1 + count], row_values[1 : 1 + count], strict=True))
         return own, top
