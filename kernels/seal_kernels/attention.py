@@ -234,20 +234,19 @@ def attention_dkdv_kernel(
     lse_ptr += key_head * group * T + start
     delta_ptr += key_head * group * T + start
     cut = diagonal + edge
-    # A loop without steps may still be entered by loads that run ahead: no division by 0.
-    cut_divisor, full_divisor = tl.maximum(cut, 1), tl.maximum(full, 1)
     # queries on the diagonal and at the window's edge
     for step in range(group * cut):
-        head, block = (step // cut_divisor).to(tl.int64), step % cut_divisor
+        head, block = (step // cut).to(tl.int64), step % cut
         m0 = first + tl.where(block < diagonal, block, block + full) * BLOCK_M
         dk, dv = _add_dkdv(
             dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
             m0, n0, length, window, scale2, stride_qt, stride_ot,
             HAS_WINDOW, E, BLOCK_M, BLOCK_N, BLOCK_E, MASKED=True,
         )
-    # queries that see all of the keys
+    # Queries that see all of the keys. Where there are none, loads that run ahead of the loop are masked, and their
+    # quotient by 0, which a GPU computes without a trap, is not used; a guard against it makes registers spill.
     for step in range(group * full):
-        head, m0 = (step // full_divisor).to(tl.int64), first + (diagonal + step % full_divisor) * BLOCK_M
+        head, m0 = (step // full).to(tl.int64), first + (diagonal + step % full) * BLOCK_M
         dk, dv = _add_dkdv(
             dk, dv, k, v, q_ptr + head * stride_qh, dout_ptr + head * E, lse_ptr + head * T, delta_ptr + head * T,
             m0, n0, length, window, scale2, stride_qt, stride_ot,

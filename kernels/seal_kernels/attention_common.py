@@ -44,7 +44,7 @@ _AMPERE = {
     "prefill": (_tiles(128, 64, 8, 3), _tiles(64, 64, 8, 3), _tiles(64, 32, 8, 3)),
 }
 _HOPPER = {  # and later: its matrix instructions take 64 rows for each 4 warps
-    "forward": (_tiles(128, 64, 8, 3), _tiles(128, 64, 8, 2), _tiles(128, 32, 8, 2)),
+    "forward": (_tiles(128, 64, 8, 3), _tiles(128, 64, 8, 3), _tiles(128, 32, 8, 2)),
     "dkdv": (_tiles(64, 128, 8, 2), _tiles(64, 128, 8, 2), _tiles(32, 32, 8, 2)),  # 256 elements would spill in 64 rows
     "dq": (_tiles(128, 64, 8, 2), _tiles(128, 64, 8, 2), _tiles(64, 32, 8, 2)),
     "prefill": (_tiles(128, 64, 8, 5), _tiles(128, 64, 8, 5), _tiles(64, 32, 8, 3)),
