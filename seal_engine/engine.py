@@ -16,7 +16,6 @@ from torch import Tensor
 
 from seal_engine.files import read_json, show
 from seal_engine.inputs import Inputs
-from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.checkpoint import load_model, reload_model, save_model
 from seal_engine.model.config import ModelConfig
@@ -25,7 +24,7 @@ from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.peft_config import read_peft_config
 from seal_engine.model.tokenizer import Tokenizer, read_stop_token_ids
 from seal_engine.model.transformer import Model
-from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
+from seal_engine.plan import RECOMPUTE, Plan, make_plan, training_memory
 from seal_engine.progress import reporting
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
@@ -219,16 +218,12 @@ class Engine:
         require(is_integer(budget) and budget >= 1, "token_budget", token_budget, "an integer >= 1")
         free = free_memory(self.model.device) if memory_bytes is None else memory_bytes
         element_size = self.model.compute_dtype.itemsize
-        choice = "none" if recompute == "auto" else recompute
-        everywhere = adapter_layout(self.config, LoraConfig(r=1, target_modules="all-linear"))
-        costs = {c: activation_bytes(self.config, everywhere, budget, element_size, c) for c in RECOMPUTE}
-        if recompute == "auto":
-            choice = next((c for c in RECOMPUTE if costs[c] <= HEADROOM * free / 2), "layer")
+        choice, state_bytes = training_memory(self.config, budget, element_size, free, recompute)
         return Trainer(
             self.model,
             self.inputs.train_sequences,
             budget,
-            state_bytes=max(0, int(HEADROOM * (free - costs[choice]))),
+            state_bytes=state_bytes,
             recompute=choice,
             callback=callback,
         )

@@ -56,6 +56,20 @@ def activation_bytes(config: ModelConfig, layout: AdapterLayout, tokens: int, el
     return tokens * (kept * element_size + floats) + max(tokens * working * element_size, CHUNK_BYTES)
 
 
+def training_memory(
+    config: ModelConfig, tokens: int, element_size: int, free_bytes: int, recompute: str = "auto"
+) -> tuple[str, int]:
+    """What backward computes again, and the bytes left for adapters and their states, as a Trainer has them.
+
+    tokens: of a pass. free_bytes: beside the weights. "auto": as little as leaves half of what is planned with.
+    """
+    everywhere = adapter_layout(config, LoraConfig(r=1, target_modules="all-linear"))
+    costs = {choice: activation_bytes(config, everywhere, tokens, element_size, choice) for choice in RECOMPUTE}
+    if recompute == "auto":
+        recompute = next((choice for choice in RECOMPUTE if costs[choice] <= HEADROOM * free_bytes / 2), "layer")
+    return recompute, max(0, int(HEADROOM * (free_bytes - costs[recompute])))
+
+
 def make_plan(
     config: ModelConfig,
     lora: LoraConfig,
