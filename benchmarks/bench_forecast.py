@@ -58,7 +58,7 @@ def training_pass(count: int) -> float:
     def python() -> None:
         for state in states:
             assert state.next is not None
-            state.next_tokens, [state.targets[i] for i in state.next.members]
+            _ = state.next_tokens, [state.targets[i] for i in state.next.members]
         PackedBatch.pack(ids, CPU)
         targets = [target for state in states for target in state.targets]
         torch.tensor([t for target in targets for t in target], dtype=torch.bool).nonzero().squeeze(1)

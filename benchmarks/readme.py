@@ -198,13 +198,15 @@ def forecast_round() -> str:
         part, what = key
         cells = [part if not what else "", what]
         for of_gpu in rows:
-            row = of_gpu.get(key)
-            shown = [f"{row['seconds']:.1f} s", f"{row['floor_seconds']:.1f} s", row["limit"]] if row else ["", "", ""]
-            cells += shown
+            row = of_gpu.get(key, {"seconds": 0.0, "floor_seconds": 0.0, "limit": ""})
+            share = f"{100 * row['seconds'] / of_gpu['round', '']['seconds']:.0f}%"
+            floor = f"{row['floor_seconds']:.2f} s" if row["floor_seconds"] else ""  # else nothing counts for it
+            cells += [f"{row['seconds']:.1f} s, {share}", floor, row["limit"]]
         lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
-    heads = ["part", "", "H100", "floor", "limited by", "H200", "floor", "limited by"]
+    heads = ["part", "", "H100, share", "floor", "limited by", "H200, share", "floor", "limited by"]
+    again = {"none": "nothing", "mlp": "the MLPs", "layer": "the layers"}
     texts = [
-        f"On an {gpu} the Trainer recomputes {record['recompute'].replace('none', 'nothing')} and has at most "
+        f"On an {gpu} the Trainer recomputes {again[record['recompute']]} and has at most "
         f"{record['adapters_resident']} adapters in training ({record['adapters_planned']} fit by the plan), "
         f"{record['adapters_offloaded']} move to host memory and back; {record['kv_blocks']:,} blocks of K/V fit."
         for gpu, record in zip(("H100", "H200"), records, strict=True)
