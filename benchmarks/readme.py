@@ -189,6 +189,38 @@ def seal_round() -> str:
     return table(heads, lines) + source("bench_seal_round_cpu", machine)
 
 
+def forecast_round() -> str:
+    """The forecast of a published round on two GPUs."""
+    records = [json.loads((RESULTS / f"forecast_round_{gpu}.json").read_text()) for gpu in ("h100", "h200")]
+    rows = [{(row["part"], row["what"]): row for row in record["rows"]} for record in records]
+    lines = []
+    for key in dict.fromkeys(key for of_gpu in rows for key in of_gpu):
+        part, what = key
+        cells = [part if not what else "", what]
+        for of_gpu in rows:
+            row = of_gpu.get(key, {"seconds": 0.0, "floor_seconds": 0.0, "limit": ""})
+            share = f"{100 * row['seconds'] / of_gpu['round', '']['seconds']:.0f}%"
+            floor = f"{row['floor_seconds']:.2f} s" if row["floor_seconds"] else ""  # else nothing counts for it
+            cells += [f"{row['seconds']:.1f} s, {share}", floor, row["limit"]]
+        lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
+    heads = ["part", "", "H100, share", "floor", "limited by", "H200, share", "floor", "limited by"]
+    again = {"none": "nothing", "mlp": "the MLPs", "layer": "the layers"}
+    texts = [
+        f"On an {gpu} the Trainer recomputes {again[record['recompute']]} and has at most "
+        f"{record['adapters_resident']} adapters in training ({record['adapters_planned']} fit by the plan), "
+        f"{record['adapters_offloaded']} move to host memory and back; {record['kv_blocks']:,} blocks of K/V fit."
+        for gpu, record in zip(("H100", "H200"), records, strict=True)
+    ]
+    made = f"`benchmarks/results/forecast_round_*.json` ({records[0]['date']}, commit {records[0]['commit']})"
+    passes = f"{records[0]['training_passes']} training passes and {records[0]['sampling_steps']:,} sampling steps."
+    return (
+        table(heads, lines)
+        + prose(" ".join([passes, *texts]))
+        + prose(f"Recorded in {made} by")
+        + "\n```\n.venv/bin/python benchmarks/forecast_round.py\n```\n"
+    )
+
+
 def few_shot() -> str:
     """The inner loops of the few-shot task beside PEFT."""
     rows, machine = read("bench_few_shot_cpu")
@@ -229,7 +261,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / page: {function.__name__: function for function in functions}
     for page, functions in {
         "README.md": (demo_knowledge, speed),
-        "docs/benchmarks.md": (demo_few_shot, seal_round, few_shot, model, train, scaling, sample),
+        "docs/benchmarks.md": (demo_few_shot, seal_round, forecast_round, few_shot, model, train, scaling, sample),
     }.items()
 }
 

@@ -2,9 +2,9 @@
 
     python benchmarks/seal_round.py RESULT.json ...
 
-makes the trace from result files as SEAL writes them. The one in seal_round_trace.json is of SEAL's own
-rank_iter0.json: 50 passages, 5 self-edits of each. Self-edits are cut as for training, the passage last; questions are
-those of the shipped template.
+makes the trace from result files as SEAL writes them. The one that the package ships (seal_engine/forecast) is of
+SEAL's own rank_iter0.json: 50 passages, 5 self-edits of each. Self-edits are cut as for training, the passage last;
+questions are those of the shipped template.
 
 Tokens are characters over CHARACTERS_A_TOKEN, rounded up, as the round's own tokenizer (Qwen2.5's) is not needed here.
 The constant is chosen: it gives 427 tokens a self-edit, and 3.2 million for the round's 750 inner loops of 10 epochs,
@@ -25,7 +25,7 @@ from seal_engine.domains.templating import fill, read_template
 
 CHARACTERS_A_TOKEN = 4.6
 REPEATS, EPOCHS = 3, 10  # adapters of a self-edit, and passes over its sequences
-TRACE = Path(__file__).with_name("seal_round_trace.json")
+TRACE = Path(__file__).parents[1] / "seal_engine/forecast/published_round.json"
 
 
 @dataclass(frozen=True)

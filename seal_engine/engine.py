@@ -5,6 +5,7 @@ Sequences go through the model packed end to end, up to a token budget at a time
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import count, groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from seal_engine.files import read_json, show
 from seal_engine.inputs import Inputs
-from seal_engine.model.adapter_layout import adapter_layout
+from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.checkpoint import load_model, reload_model, save_model
 from seal_engine.model.config import ModelConfig
@@ -25,7 +26,7 @@ from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.peft_config import read_peft_config
 from seal_engine.model.tokenizer import Tokenizer, read_stop_token_ids
 from seal_engine.model.transformer import Model
-from seal_engine.plan import HEADROOM, RECOMPUTE, Plan, activation_bytes, make_plan
+from seal_engine.plan import RECOMPUTE, Plan, make_plan, training_memory
 from seal_engine.progress import reporting
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
@@ -207,29 +208,26 @@ class Engine:
         recompute: str = "auto",
         callback: Callable[[int, int, float], None] | None = None,
         memory_bytes: int | None = None,
+        layouts: Sequence[AdapterLayout] = (),
     ) -> Trainer:
         """A Trainer over this engine's model: submit jobs, step, poll.
 
         token_budget: tokens a pass; None: TOKEN_BUDGET, on a CPU CPU_TOKEN_BUDGET. recompute: "none", "mlp",
-        "layer", or "auto": as little as lets a full pass's jobs be resident. memory_bytes: what may be used beside the
-        weights; None: what is free.
+        "layer", or "auto": as little as leaves half of the memory to adapters. memory_bytes: what may be used beside
+        the weights; None: what is free. layouts: of the adapters that will be trained; none: of any.
         """
         require(recompute in ("auto", *RECOMPUTE), "recompute", recompute, f"one of {['auto', *RECOMPUTE]}")
         budget = self._default_token_budget() if token_budget is None else token_budget
         require(is_integer(budget) and budget >= 1, "token_budget", token_budget, "an integer >= 1")
         free = free_memory(self.model.device) if memory_bytes is None else memory_bytes
         element_size = self.model.compute_dtype.itemsize
-        choice = "none" if recompute == "auto" else recompute
-        everywhere = adapter_layout(self.config, LoraConfig(r=1, target_modules="all-linear"))
         cpu = self.model.device.type == "cpu"
-        costs = {c: activation_bytes(self.config, everywhere, budget, element_size, c, cpu) for c in RECOMPUTE}
-        if recompute == "auto":
-            choice = next((c for c in RECOMPUTE if costs[c] <= HEADROOM * free / 2), "layer")
+        choice, state_bytes = training_memory(self.config, budget, element_size, free, recompute, cpu, layouts)
         return Trainer(
             self.model,
             self.inputs.train_sequences,
             budget,
-            state_bytes=max(0, int(HEADROOM * (free - costs[choice]))),
+            state_bytes=state_bytes,
             recompute=choice,
             callback=callback,
         )
@@ -252,10 +250,19 @@ class Engine:
         # The longest first: begun last, they would be left to train alone.
         order = sorted(range(len(jobs)), key=lambda i: -min_sequential_steps(jobs[i]))
         report = callback and (lambda job_id, step, loss: callback(order[job_id], step, loss))
-        trainer = self.trainer(callback=report, **options)
+        trainer = self.trainer(callback=report, layouts=self._layouts(jobs), **options)
         ids = dict(zip(order, [trainer.submit(jobs[i]) for i in order], strict=True))
         _run_to_end(trainer, len(jobs), "job", "Training", progress)
         return [trainer.result(ids[i]) for i in range(len(jobs))]
+
+    def _layouts(self, jobs: Sequence[TrainJob]) -> list[AdapterLayout]:
+        """The layouts of the jobs' adapters, each once; a job that cannot be trained has none."""
+        layouts = {}
+        for job in jobs:
+            with suppress(InputError, AttributeError):
+                layout = adapter_layout(self.config, job.lora if job.init_from is None else job.init_from.config)
+                layouts[id(layout)] = layout  # adapter_layout returns one object for equal arguments
+        return list(layouts.values())
 
     @property
     def has_tokenizer(self) -> bool:

@@ -1,5 +1,6 @@
 """What fits in memory, and how long a training step should take: arithmetic on a config, no weights needed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,30 @@ def activation_bytes(
     return tokens * (kept * element_size + floats) + max(tokens * working * element_size, chunk)
 
 
+def training_memory(
+    config: ModelConfig,
+    tokens: int,
+    element_size: int,
+    free_bytes: int,
+    recompute: str = "auto",
+    cpu: bool = False,
+    layouts: Sequence[AdapterLayout] = (),
+) -> tuple[str, int]:
+    """What backward computes again, and the bytes left for adapters and their states, as a Trainer has them.
+
+    tokens: of a pass. free_bytes: beside the weights. "auto": as little as leaves half of what is planned with.
+    layouts: of the adapters that will be trained; none: of any.
+    """
+    layouts = layouts or [adapter_layout(config, LoraConfig(r=1, target_modules="all-linear"))]
+    costs = {
+        choice: max(activation_bytes(config, layout, tokens, element_size, choice, cpu) for layout in layouts)
+        for choice in RECOMPUTE
+    }
+    if recompute == "auto":
+        recompute = next((choice for choice in RECOMPUTE if costs[choice] <= HEADROOM * free_bytes / 2), "layer")
+    return recompute, max(0, int(HEADROOM * (free_bytes - costs[recompute])))
+
+
 def make_plan(
     config: ModelConfig,
     lora: LoraConfig,
@@ -112,7 +137,9 @@ def make_plan(
     in_step = min(resident, wanted)
     step_tokens = min(tokens, in_step * sequence_tokens)
     N, P = config.num_matrix_parameters, layout.num_parameters
-    extra = {"none": 0, "mlp": 2 * 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers}
+    mlp_products = 3 if layout.ranks[:, 3].any() else 2  # a frozen down is not made again
+    mlp = 2 * mlp_products * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    extra = {"none": 0, "mlp": mlp}
     flops = step_tokens * (4 * N + extra.get(choice, 2 * N))
     seconds = {
         "matrix": flops / matrix_rate,

@@ -20,6 +20,7 @@ ROOMS = [
     {"inputs"},
     {"training", "sampling"},
     {"engine"},
+    {"forecast"},
     {"api"},
     {"__init__"},
     {"loop"},
