@@ -78,6 +78,7 @@ class Engine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         deterministic: bool = False,
+        pack_weights: bool | None = None,
     ) -> "Engine":
         """Load a Hugging Face checkpoint directory (Llama 2/3, Mistral, Qwen2/2.5, Qwen3; safetensors).
 
@@ -86,12 +87,18 @@ class Engine:
         On a CPU, activations are float32 whatever the parameters are, but for `Model.mlp_dtype`.
         deterministic: an adapter trained alone and among any others comes out the same bit for bit (on a CPU), not
         only to float32 rounding.
+        pack_weights: on a CPU, whether sampling may use packed copies of the large matrices, which are faster for few
+        rows and take as much memory again (`plan` counts them); None: if they take at most a quarter of what is free.
         Raises InputError (a ValueError) naming the file and field for anything that cannot be loaded.
         """
         directory = parse_path(path)
-        engine = Engine(
-            load_model(directory, parse_dtype(dtype), parse_device(device)), directory, deterministic=deterministic
-        )
+        require(pack_weights is None or isinstance(pack_weights, bool), "pack_weights", pack_weights, "a bool or None")
+        model = load_model(directory, parse_dtype(dtype), parse_device(device))
+        if pack_weights is None:
+            pack_weights = model.packed_bytes <= free_memory(model.device) // 4
+        if pack_weights:
+            model.allow_packing()
+        engine = Engine(model, directory, deterministic=deterministic)
         if (directory / "tokenizer.json").exists():
             _ = engine.tokenizer  # a broken tokenizer is refused now; a missing one when text is first used
         return engine

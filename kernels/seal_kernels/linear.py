@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import apply
+from seal_kernels.packed import packed_product, prefers_packed
 
 INVARIANT_ROWS = 128  # rows of every batch-invariant product: large enough to be fast
 ROUNDED_ROWS = 512  # rows of x that are rounded to bfloat16 at a time
-FEW_ROWS = 64  # up to which W x^T is faster than x W^T: the library rearranges the right-hand operand in each call
+FEW_ROWS = 256  # up to which W x^T is faster than x W^T: the library rearranges the right-hand operand in each call
 SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: small enough to stay in the last-level cache until it is used
 
 
@@ -120,6 +121,8 @@ def frozen_linear_forward(
     """x W^T + b in dtype, outside autograd."""
 
     def product(x: Tensor) -> Tensor:
+        if not batch_invariant and prefers_packed(x, weight):
+            return packed_product(x, weight, bias).to(dtype)
         if x.dtype == weight.dtype == dtype:
             return torch.nn.functional.linear(x, weight, bias)
         y = multiply(x, weight, x.new_empty(len(x), len(weight), dtype=dtype))

@@ -342,7 +342,10 @@ def write_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots
                 used = slots >= 0
                 k, v, slots = k[used], v[used], slots[used]
         for cache, x in ((key_cache, k), (value_cache, v)):
-            cache.index_put_((slots // B, slots % B), x.to(cache.dtype))
+            if cache.stride(0) == B * cache.stride(1):
+                cache.view(N * B, K, E).index_copy_(0, slots, x.to(cache.dtype))
+            else:
+                cache.index_put_((slots // B, slots % B), x.to(cache.dtype))
     elif T:
         config = launch_config("write", E, key_cache.dtype)
         write_kv_kernel[(ceil_div(T * K, config.blocks["BLOCK_R"]),)](

@@ -65,7 +65,7 @@ class Tiles(NamedTuple):
 
     blocks: Tensor  # [n, m] int64: the cache blocks of their keys
     unseen: Tensor  # numbers, among the n m B tokens of these blocks, of the tokens that no query of the tile sees
-    rows: Tensor  # [n tile] int64: the queries; padding repeats a query
+    rows: Tensor | None  # [n tile] int64: the queries; padding repeats a query. None: all queries, in order
     mask: Tensor  # [n, 1, tile G, m B]: 0 where a query sees a key, -inf elsewhere
     keep: Tensor | None  # [n tile]: False for padding; None without padding
 
@@ -96,10 +96,11 @@ def make_tiles(
             if window is not None:
                 hidden |= j[:, None, :] <= i[:, :, None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
+            rows = (start[s] + row.clip(0, queries[s] - 1)).reshape(-1)
             yield Tiles(
                 torch.from_numpy(blocks),
                 torch.from_numpy(np.flatnonzero((j < lowest[s]) | (j >= context[s]))),
-                torch.from_numpy(start[s] + row.clip(0, queries[s] - 1)).flatten(),
+                None if np.array_equal(rows, np.arange(T)) else torch.from_numpy(rows),
                 (mask.repeat_interleave(group, 1) if tile > 1 else mask)[:, None],  # one row per query and head
                 None if valid.all() else torch.from_numpy(valid.reshape(-1)),
             )
@@ -115,7 +116,7 @@ def paged_attention_cpu(
     its sequence, also where it gives them no weight: other places of the cache may hold anything."""
     (T, H, E), K = q.shape, key_cache.shape[2]
     group, wide = H // K, torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out: Tensor | None = None
     all_tiles: Iterable[Tiles] | None = None if shared is None else shared.get(window)
     if all_tiles is None:
         all_tiles = make_tiles(
@@ -125,14 +126,19 @@ def paged_attention_cpu(
         if shared is not None and max_query == 1:  # masks of longer queries are too large to keep
             shared[window] = all_tiles = list(all_tiles)
     for blocks, unseen, rows, mask, keep in all_tiles:
-        n, tile = len(blocks), len(rows) // len(blocks)
+        tile = (T if rows is None else len(rows)) // len(blocks)
+        n = len(blocks)
         k, v = _gather(key_cache, blocks, unseen, wide), _gather(value_cache, blocks, unseen, wide)
-        tiles = q.index_select(0, rows).to(wide).view(n, tile, K, group, E).transpose(1, 2)  # [n, K, tile, G, E]
+        queries = (q if rows is None else q.index_select(0, rows)).to(wide)
+        tiles = queries.reshape(n, tile, K, group, E).transpose(1, 2)  # [n, K, tile, G, E]
         tile_out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             tiles.reshape(n, K, tile * group, E), k, v, attn_mask=mask, scale=scale
         )[0]
         tile_out = tile_out.view(n, K, tile, group, E).transpose(1, 2).reshape(-1, H, E).to(q.dtype)
+        if rows is None:
+            return tile_out
         if keep is not None:
             rows, tile_out = rows[keep], tile_out[keep]
+        out = torch.zeros(q.shape, dtype=q.dtype) if out is None else out
         out.index_copy_(0, rows, tile_out)
-    return out
+    return torch.zeros(q.shape, dtype=q.dtype) if out is None else out

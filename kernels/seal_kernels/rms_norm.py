@@ -145,6 +145,14 @@ class RMSNorm(torch.autograd.Function):
         return dx, None, None, dx if ctx.needs_input_grad[3] else None
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y, h) of RMSNorm; on the CPU, where no gradient is wanted, by one call that keeps nothing."""
+    if torch.is_grad_enabled() or use_triton(x, weight, residual):
+        return apply(RMSNorm, x, weight, eps, residual)
+    h = x if residual is None else torch.add(x, residual)
+    return torch.rms_norm(h, weight.shape, weight.to(h.dtype), eps), h
+
+
 def _check(x: Tensor, weight: Tensor) -> None:
     if x.dim() not in (2, 3) or x.stride(-1) != 1:
         raise ValueError(f"rms_norm: x must be [N, D] or [N, M, D] with contiguous rows, not {tuple(x.shape)}")
@@ -158,7 +166,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [N, D] or [N, M, D], last dimension contiguous. weight: [D]. Raises ValueError on other shapes.
     """
     _check(x, weight)
-    return apply(RMSNorm, x, weight, eps, None)[0]
+    return _normed(x, weight, eps, None)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -170,4 +178,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if residual.shape != x.shape or not residual.is_contiguous():
         raise ValueError(f"rms_norm: residual must be contiguous and {tuple(x.shape)}, not {tuple(residual.shape)}")
-    return apply(RMSNorm, x, weight, eps, residual)
+    return _normed(x, weight, eps, residual)

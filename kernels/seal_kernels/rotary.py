@@ -93,9 +93,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    if not use_triton(q, k, cos, sin):
-        return _rotate(q, cos, sin, inverse), _rotate(k, cos, sin, inverse)
     (T, H, E), K = q.shape, k.shape[1]
+    if not use_triton(q, k, cos, sin):
+        behind_q = q.data_ptr() + H * q.stride(1) * q.element_size()
+        if k.data_ptr() == behind_q and k.stride() == q.stride():  # parts of one product: turned by the same calls
+            return _rotate(q.as_strided((T, H + K, E), q.stride()), cos, sin, inverse).split([H, K], 1)
+        return _rotate(q, cos, sin, inverse), _rotate(k, cos, sin, inverse)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     config = launch_config(E)
@@ -122,7 +125,9 @@ class Rotary(torch.autograd.Function):
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """(q', k'): q and k turned by their tokens' angles, contiguous. Differentiable in q and k.
+    """(q', k'): q and k turned by their tokens' angles. Differentiable in q and k.
+
+    Both are contiguous, but on the CPU parts of one contiguous [T, H + K, E] where q and k are neighbours like that.
 
     q: [T, H, E], k: [T, K, E], of one dtype, E even, the last dimension contiguous. cos, sin: [T, E/2], contiguous,
     float32. Raises ValueError on other shapes.

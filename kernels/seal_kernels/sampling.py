@@ -262,17 +262,20 @@ def _bounds(x: Tensor, peak: Tensor, inverse: Tensor, top_k: Tensor, top_p: Tens
 
 
 def _sample_cpu(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor,
+    with_logprobs: bool,
+) -> tuple[Tensor, Tensor | None]:
     x, V = logits.detach().float(), logits.shape[1]
     tokens = torch.from_numpy(x.numpy().argmax(1))[:, None]  # the first of equals, or the first NaN
     peak = x.gather(1, tokens)
     wrong = ~peak.isfinite()
     if wrong.any():
         x, peak = x.masked_fill(wrong, 0.0), peak.masked_fill(wrong, 0.0)
+    rows = (temperature > 0).nonzero().squeeze(1)
+    if not len(rows) and not with_logprobs:
+        return tokens.masked_fill_(wrong, NONE).squeeze(1), None
     depth = x - peak
     raw = _weights(depth.exp())
-    rows = (temperature > 0).nonzero().squeeze(1)
     if len(rows):
 
         def of_rows(tensor: Tensor) -> Tensor:
@@ -293,19 +296,23 @@ def _sample_cpu(
         u = uniform(seeds, counters)[rows, None]
         drawn = torch.minimum((u * total.double()).long(), total - 1)
         tokens[rows] = torch.searchsorted(mass, drawn, right=True)
+    if not with_logprobs:
+        return tokens.masked_fill_(wrong, NONE).squeeze(1), None
     logprobs = (x.gather(1, tokens) - peak).double() - (raw.sum(1, keepdim=True).double() / SCALE).log()
     return tokens.masked_fill_(wrong, NONE).squeeze(1), logprobs.float().masked_fill_(wrong, math.nan).squeeze(1)
 
 
 def sample_tokens(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor,
+    with_logprobs: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """(tokens int64 [N], logprobs float32 [N]) of the next token of each row, on logits' device. No gradient.
 
     logits: [N, V], float32 or 16 bits, last dimension contiguous, V at most 2^22; -inf for a token that must not be
     drawn. temperature: float32 [N], 0 for the largest logit, the first of equals. top_k: int32 [N], 0 for all. top_p:
     float32 [N], 1 for all; at least one token is kept. seeds, counters: int64 [N], of any value: a row's token is a
-    function of its logits, its settings and these two alone. logprobs are under the raw logits.
+    function of its logits, its settings and these two alone. logprobs are under the raw logits; with_logprobs False:
+    None on a CPU, where they cost more than a greedy token.
     A row that holds a NaN or inf, or nothing above -inf, has token -1 and logprob NaN. Raises ValueError on shapes and
     dtypes that do not match; settings that make no sense are the caller's to refuse.
     """
@@ -317,4 +324,4 @@ def sample_tokens(
     for name, x, dtype in zip(("temperature", "top_k", "top_p", "seeds", "counters"), args, dtypes, strict=True):
         if x.shape != (N,) or x.dtype != dtype or (N > 1 and x.stride(0) != 1):
             raise ValueError(f"sample_tokens: {name} must be {dtype} [{N}], not {x.dtype} {tuple(x.shape)}")
-    return (_sample_triton if use_triton(logits, *args) else _sample_cpu)(logits, *args)
+    return _sample_triton(logits, *args) if use_triton(logits, *args) else _sample_cpu(logits, *args, with_logprobs)

@@ -8,6 +8,7 @@ matrix: q/k/v, and gate/up. Everything about the batch is an argument; the model
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from seal_kernels.attention import attention
 from seal_kernels.cross_entropy import token_logprobs
 from seal_kernels.linear import INVARIANT_ROWS, frozen_linear, multiplies_bfloat16
 from seal_kernels.lora import lora_linear
+from seal_kernels.packed import allow_packing, can_pack
 from seal_kernels.paged_attention import paged_attention, write_kv
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
 from seal_kernels.rotary import rotary
@@ -97,6 +99,23 @@ class Model:
         self.norm = empty(D)
         self.lm_head = self.embed if c.tie_word_embeddings else empty(c.vocab_size, D)  # [V, D]
         self.inverse_frequencies = c.rope.inverse_frequencies(E).to(device)  # [E / 2] float32
+
+    def allow_packing(self) -> None:
+        """Let a CPU's products with few rows use packed copies of the large matrices, which take as much memory again.
+
+        A copy is made when it is first used.
+        """
+        for matrix in self._matrices():
+            allow_packing(matrix)
+
+    @property
+    def packed_bytes(self) -> int:
+        """The memory of packed copies of all matrices that packing serves, on this device."""
+        return sum(matrix.nbytes for matrix in self._matrices() if can_pack(matrix))
+
+    def _matrices(self) -> list[Tensor]:
+        per_layer = [[layer.qkv, layer.o, layer.gate_up, layer.down] for layer in self.layers]
+        return [*chain.from_iterable(per_layer), self.lm_head]
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, view of the parameter). A tied lm_head is not listed."""

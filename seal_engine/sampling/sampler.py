@@ -303,7 +303,7 @@ class Sampler:
         )
         logits = self.model.logits(hidden.index_select(0, last_tokens))  # [N, V]
         adjusted = self._adjust_logits(logits, sequences)
-        tokens, _ = sample_tokens(adjusted, *settings)
+        tokens, _ = sample_tokens(adjusted, *settings, with_logprobs=False)
         logprobs, top_logprobs = self._logprobs(logits, tokens, sequences)
         deltas = []
         for i, (sequence, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):

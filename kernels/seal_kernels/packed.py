@@ -1,0 +1,68 @@
+"""Frozen matrices in the layout of oneDNN's products, which a CPU multiplies few rows with faster than a plain matrix.
+
+    y = x W^T + b, as in linear.py, for x of few rows: sampling
+
+torch's products read a plain matrix; for one to some dozens of rows they reach half of the memory's bandwidth, or
+rearrange the matrix in each call. A packed copy is made once per matrix and takes as many bytes again. Which product is
+faster follows from dtype, rows and CPU alone, not from a measurement at run time: the choice decides the bits of a
+result, and a resumed run must have those of an uninterrupted one. docs/decisions.md has the measurements.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MIN_ELEMENTS = 1 << 18  # a smaller matrix stays in a core's cache, and calls cost more than products
+MAX_ROWS = 64
+_ATTRIBUTE = "_packed_copy"  # of a matrix that may be packed: (its version, the copy), or None before the first use
+
+
+@lru_cache
+def is_available() -> bool:
+    """Whether this torch can pack matrices."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+@lru_cache
+def _multiplies_float32_faster() -> bool:
+    """Whether oneDNN's float32 products are faster than those of torch's library (MKL) for all numbers of rows."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether packing serves this matrix at all."""
+    fits = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32) and is_available()
+    return fits and weight.dim() == 2 and weight.numel() >= MIN_ELEMENTS and weight.is_contiguous()
+
+
+def allow_packing(weight: Tensor) -> None:
+    """Let products with the matrix use a packed copy, which is made when it is first needed."""
+    if can_pack(weight):
+        setattr(weight, _ATTRIBUTE, None)
+
+
+def prefers_packed(x: Tensor, weight: Tensor) -> bool:
+    """Whether x [n, I] times this matrix is to be a product with its packed copy."""
+    if not hasattr(weight, _ATTRIBUTE):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return 0 < len(x) <= MAX_ROWS
+    if x.dtype != torch.float32:
+        return False
+    return len(x) > 0 if _multiplies_float32_faster() else 2 < len(x) <= MAX_ROWS
+
+
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [n, I] W^T + b in W's dtype, by the packed copy, which is made again where the matrix has been changed."""
+    copy = getattr(weight, _ATTRIBUTE)
+    if copy is None or copy[0] != weight._version:
+        copy = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        setattr(weight, _ATTRIBUTE, copy)
+    x = x.to(weight.dtype)
+    x = x if x.is_contiguous() else x.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, copy[1], bias, "none", [], "")
