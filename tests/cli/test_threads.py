@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from seal_engine.cli.threads import SPIN_COUNT, WAIT_VARIABLES
+from seal_engine.cli import threads
+from seal_engine.cli.threads import SPIN_COUNT_ALONE, SPIN_COUNT_BESIDE_OTHERS, WAIT_VARIABLES, others_need_cores
 
 ROOT = Path(__file__).parents[2]
 SHOW = """
@@ -29,14 +30,42 @@ def process(arguments, user):
 @pytest.mark.parametrize(
     ("user", "expected"),
     [
-        pytest.param({}, f"{SPIN_COUNT} None", id="nothing set"),
         pytest.param({"GOMP_SPINCOUNT": "7"}, "7 None", id="the user's spin count wins"),
         pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE", id="the user's wait policy wins"),
-        pytest.param({"OMP_NUM_THREADS": "2"}, f"{SPIN_COUNT} None", id="a number of threads says nothing of waiting"),
     ],
 )
 def test_the_users_setting_wins(user, expected):
     assert process(["-c", SHOW], user).stdout.strip() == expected
+
+
+def test_one_of_two_counts_is_set():
+    """Which one depends on what else runs on the machine. A number of threads says nothing of waiting."""
+    for user in ({}, {"OMP_NUM_THREADS": "2"}):
+        count, policy = process(["-c", SHOW], user).stdout.split()
+        assert int(count) in (SPIN_COUNT_ALONE, SPIN_COUNT_BESIDE_OTHERS)
+        assert policy == "None"
+
+
+@pytest.mark.parametrize(
+    ("cores", "usable", "running", "crowded"),
+    [
+        pytest.param(2, 2, 1, False, id="this process alone"),
+        pytest.param(2, 2, 2, True, id="another one runs"),
+        pytest.param(64, 2, 63, False, id="two of 64 cores are idle"),
+        pytest.param(64, 2, 64, True, id="one of 64 cores is idle"),
+    ],
+)
+def test_others_are_counted(monkeypatch, cores, usable, running, crowded):
+    """This process is one of those that run: cores less the others must be as many as it may use."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)))
+    monkeypatch.setattr(Path, "read_text", lambda path: f"0.1 0.2 0.3 {running}/400 12345\n")
+    assert others_need_cores(samples=3, pause=0) is crowded
+
+
+def test_a_system_that_does_not_count(monkeypatch):
+    monkeypatch.setattr(threads, "Path", lambda name: Path("/nonexistent"))
+    assert others_need_cores() is False
 
 
 def test_the_setting_reaches_openmp():
@@ -44,7 +73,8 @@ def test_the_setting_reaches_openmp():
     printed = process(["-m", "seal_engine", "--help"], {"OMP_DISPLAY_ENV": "VERBOSE"}).stderr
     if "GOMP_SPINCOUNT" not in printed:
         pytest.skip("this torch has another OpenMP than GNU's")
-    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in printed
+    counts = SPIN_COUNT_ALONE, SPIN_COUNT_BESIDE_OTHERS
+    assert any(f"GOMP_SPINCOUNT = '{count}'" in printed for count in counts)
 
 
 def test_tests_run_with_it():
