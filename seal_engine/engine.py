@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seal_engine.files import read_json, show
-from seal_engine.inputs import Inputs
+from seal_engine.inputs import Inputs, broadcast
 from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.checkpoint import load_model, reload_model, save_model
@@ -368,8 +368,8 @@ class Engine:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError(f"prompts: found {show(prompts)}; accepted: a list of texts or token id lists")
         params = SamplingParams() if params is None else params
-        wanted = _broadcast(params, len(prompts), SamplingParams, "params", "a SamplingParams")
-        adapters = _broadcast(adapters, len(prompts), Adapter | None, "adapters", "an Adapter or None")
+        wanted = broadcast(params, len(prompts), SamplingParams, "params", "a SamplingParams")
+        adapters = broadcast(adapters, len(prompts), Adapter | None, "adapters", "an Adapter or None")
         token_ids: list[list[int] | InputError] = []
         max_num_seqs = options.get("max_num_seqs", MAX_NUM_SEQS)
         require(is_integer(max_num_seqs) and max_num_seqs >= 1, "max_num_seqs", max_num_seqs, "an integer >= 1")
@@ -416,7 +416,7 @@ class Engine:
 
         Sequences of one adapter lie together.
         """
-        adapters = _broadcast(adapters, len(sequences), Adapter | None, "adapters", "an Adapter or None")
+        adapters = broadcast(adapters, len(sequences), Adapter | None, "adapters", "an Adapter or None")
         for i, adapter in enumerate(adapters):
             if adapter is not None:
                 adapter.check_model(self.config, f"adapters[{i}]")
@@ -444,15 +444,3 @@ def _deltas(sampler: Sampler) -> Iterator[Delta]:
     """Step until all is done."""
     while sampler.busy:
         yield from sampler.step()
-
-
-def _broadcast(given: Any, count: int, kind: Any, name: str, accepted: str) -> Sequence[Any]:
-    """One for each of `count`: a list of that many, or one for all."""
-    if isinstance(given, kind):
-        return [given] * count
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
-        raise InputError(f"{name}: found {show(given)}; accepted: {accepted}, or a list of {count} of them")
-    for i, one in enumerate(given):
-        if not isinstance(one, kind):
-            raise InputError(f"{name}[{i}]: found {show(one)}; accepted: {accepted}")
-    return given

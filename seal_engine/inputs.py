@@ -127,3 +127,15 @@ def integers(values: Any, name: str) -> list[int]:
         return [index(value) for value in plain]
     except TypeError:
         raise InputError(f"{name}: found {show(values)}; accepted: text or a list of integers") from None
+
+
+def broadcast(values: Any, count: int, kind: Any, name: str, accepted: str) -> Sequence[Any]:
+    """One for each of `count`: a list of that many, or one for all."""
+    if isinstance(values, kind):
+        return [values] * count
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+        raise InputError(f"{name}: found {show(values)}; accepted: {accepted}, or a list of {count} of them")
+    for i, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise InputError(f"{name}[{i}]: found {show(value)}; accepted: {accepted}")
+    return values
