@@ -469,7 +469,7 @@ BAD_PARAMS = {
     "ignore_eos": [1, None, "yes"],
     "seed": [-1, 2**63, 1.0, True, "1"],
     "logprobs": [-1, 1.0, True, "1"],
-    "prompt_logprobs": [1, None, "yes"],
+    "prompt_logprobs": [-1, 1.5, None, "yes"],
     "logits_hook": [5, "hook"],
 }
 
