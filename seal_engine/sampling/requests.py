@@ -63,7 +63,8 @@ class SamplingParams:
     def _validate_penalties(self) -> None:
         require(is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "0 <= min_p <= 1")
         penalty = self.repetition_penalty
-        require(is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a finite number > 0")
+        usable = is_number(penalty) and 0.01 <= penalty <= 100  # beyond, logits overflow
+        require(usable, "repetition_penalty", penalty, "a number from 0.01 to 100; 1: none")
         for name in ("frequency_penalty", "presence_penalty"):
             penalty = getattr(self, name)
             require(is_number(penalty) and -2 <= penalty <= 2, name, penalty, "a number from -2 to 2")
