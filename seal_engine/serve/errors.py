@@ -28,7 +28,7 @@ class ApiError(Exception):
         self.param = param
 
 
-class UnknownModelError(Exception):
+class UnknownModelError(LookupError):
     """No model or adapter of this name is served."""
 
 

@@ -48,7 +48,7 @@ class Key:
             except (Base64Error, UnicodeDecodeError, ValueError):
                 login = ""
             candidates.append(login.partition(":")[2])
-        return any([self.matches(candidate) for candidate in candidates if candidate])
+        return any(self.matches(candidate) for candidate in candidates if candidate)
 
 
 class Guard:

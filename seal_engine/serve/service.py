@@ -1,4 +1,4 @@
-"""The Service: what every route needs, an engine behind its worker, the names of models, and the prompts of a request."""
+"""The Service: what every route needs: an engine behind its worker, names of models, prompts of a request."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,14 @@ SAMPLING_FIELDS = (
     *("min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed"),
 )
 # Variables of a chat template that a request may not set: they are the server's own.
-RESERVED_VARIABLES = ("messages", "chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message")
+RESERVED_VARIABLES = (
+    "messages",
+    "chat_template",
+    "tokenize",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 
 
 @dataclass

@@ -282,12 +282,10 @@ class Worker:
                 self._cancel(request, FailedError(f"sampling failed: {type(error).__name__}"))
             return
         for delta in deltas:
-            request = self._samples.get(delta.request_id)
-            if request is None:
-                continue
-            self._report(request, delta)
-            if delta.finish_reason is not None or delta.error is not None:
-                self._settle_sample(delta.request_id)
+            self._report(self._samples[delta.request_id], delta)
+        ended = [delta.request_id for delta in deltas if delta.finish_reason is not None or delta.error is not None]
+        for number in dict.fromkeys(ended):
+            self._settle_sample(number)
 
     def _report(self, request: SampleRequest, delta: Delta) -> None:
         if request.on_delta is not None:
