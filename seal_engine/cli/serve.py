@@ -39,7 +39,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", "completions sampled at once", type=int, default=256, metavar="N")
     add("--max-queue", "prompts, and jobs, in the queue or running", type=int, default=4096, metavar="N")
     add("--max-body", "bytes of a request", type=int, default=2**25, metavar="N")
-    add("--training-share", "of the time, while there is sampling, too", type=float, default=0.5, metavar="X")
+    add("--training-share", "of the time, while there is sampling, too", type=float, default=0.2, metavar="X")
     add("--drain-seconds", "that running requests have after SIGTERM", type=float, default=30.0, metavar="X")
     seal = parser.add_argument_group("SEAL's inner loop")
 

@@ -90,7 +90,7 @@ class Generation:
         finish_reason: str | None,
         stop_reason: str | int | None,
     ) -> Piece:
-        """Tokens start .. start + len(ids) of a completion, behind the prompt if it is echoed and they are the first."""
+        """Tokens start .. start + len(ids) of a completion; before the first ones the prompt, where it is echoed."""
         begins = start == 0 and offset == 0
         logprobs: list[float | None] | None = None
         top: list[dict[int, float] | None] | None = None

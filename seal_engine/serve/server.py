@@ -7,12 +7,12 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import uvicorn
 
 from seal_engine.serve.app import make_app
 from seal_engine.serve.guard import Key, is_loopback
+from seal_engine.serve.seal_socket import SealSocket
 from seal_engine.serve.service import Service
 from seal_engine.types import InputError, require
 
@@ -62,7 +62,7 @@ async def serve(
     service: Service,
     settings: ServerSettings,
     ready: Callable[[str], None],
-    seal: Any = None,
+    seal: SealSocket | None = None,
     stopping: asyncio.Event | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `stopping`; then take nothing new, finish or end what runs, and return.

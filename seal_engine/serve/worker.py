@@ -104,7 +104,7 @@ class Worker:
         num_blocks: int | None = None,
         max_num_seqs: int = 256,
         max_queue: int = 4096,
-        training_share: float = 0.5,
+        training_share: float = 0.2,
     ):
         """num_blocks, max_num_seqs: of the sampler. max_queue: prompts, and jobs, that may be waiting or running.
         training_share: of the time, while there is sampling to do, too; above 0 and below 1.
@@ -117,6 +117,7 @@ class Worker:
         self.closed = False
         self.verb_tokens = 0  # that forward_backward computed
         self.turns: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()  # of turns
         self.step_times: deque[float] = deque(maxlen=KEPT_STEP_TIMES)  # seconds from one sampler step's end to the next
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._samples: dict[int, SampleRequest] = {}
@@ -266,6 +267,7 @@ class Worker:
                 torch.cuda.synchronize(self.engine.model.device)  # or the next sampler step pays for this pass
         end = perf_counter()
         self.turns[kind] += 1
+        self.seconds[kind] += end - start
         if kind == SAMPLING:
             self.step_times.append(end - (start if self._last_step_end is None else self._last_step_end))
             self._last_step_end = end if self.sampler.busy else None
