@@ -49,13 +49,13 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. InputError naming host and port."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(1024)
+            return listener.dup()
     except OSError as error:
         raise InputError(f"--port: {host}:{port}: {error.strerror or error}") from None
-    return listener
 
 
 async def serve(

@@ -117,7 +117,7 @@ class Worker:
         self.closed = False
         self.verb_tokens = 0  # that forward_backward computed
         self.turns: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()  # of turns
+        self.seconds = {SAMPLING: 0.0, TRAINING: 0.0}  # of turns
         self.step_times: deque[float] = deque(maxlen=KEPT_STEP_TIMES)  # seconds from one sampler step's end to the next
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._samples: dict[int, SampleRequest] = {}

@@ -43,7 +43,8 @@ class Running:
         self._loop.call_soon_threadsafe(self._stopping.set)
 
     def stop(self):
-        self.begin_stop()
+        if self._thread.is_alive():
+            self.begin_stop()
         self._thread.join(30)
         assert not self._thread.is_alive()
 
