@@ -145,8 +145,8 @@ def rss(pid: int) -> int:
 def test_what_http_adds(benchmark, record):
     """64 clients, each its requests one after the other, 64 tokens each; the same prompts through Engine.generate, 64
     at a time. In turns."""
-    count, clients = 1024 // SCALE, 64
-    fields = [dict(temperature=1.0, seed=i, max_tokens=64, ignore_eos=True) for i in range(count)]
+    count, clients = 512 // SCALE, 64
+    fields: list[dict[str, Any]] = [dict(temperature=1.0, seed=i, max_tokens=64, ignore_eos=True) for i in range(count)]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     with (
         generator(prompts, fields, clients) as direct,
@@ -167,7 +167,7 @@ def test_what_http_adds(benchmark, record):
 
         expected, got = direct(), served()
         assert [got[i] for i in range(count)] == expected
-        seconds, http_seconds = measure.side_by_side(benchmark, [direct, served], rounds=3)
+        seconds, http_seconds = measure.side_by_side(benchmark, [direct, served], rounds=2)
     record(
         what="completions of 64 tokens", requests=count, clients=clients, tokens_per_s=count * 64 / seconds,
         served_tokens_per_s=count * 64 / http_seconds, percent_on_top=100 * (http_seconds / seconds - 1),
@@ -182,7 +182,7 @@ def test_load(benchmark, record, tmp_path):
     count, clients = 2000 // SCALE, 64
     owners = [None if i % 3 == 0 else adapters[i % 6] for i in range(count)]
     names = [BASE if owner is None else f"a{i % 6}" for i, owner in enumerate(owners)]
-    fields = [dict(temperature=1.0, seed=i, max_tokens=4 + i % 29) for i in range(count)]
+    fields: list[dict[str, Any]] = [dict(temperature=1.0, seed=i, max_tokens=4 + i % 29) for i in range(count)]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     outs = engine.generate(prompts, [SamplingParams(**own) for own in fields], owners, progress=False)
     expected = [out.outputs[0].text for out in outs]
@@ -293,7 +293,7 @@ def _keep_sampling(address: str, ends: float, number: int) -> None:
 
 def test_sampling_beside_training(benchmark, record):
     """Seconds from one token to the next of a stream among 16 completions: alone, and while 8 SEAL requests train."""
-    from seal_cases import Driver, published_requests
+    from seal_cases import Driver, published_requests  # pyright: ignore[reportMissingImports]
 
     requests = published_requests(8, sequences=4, finetune_epochs=400 // SCALE)
     with server("--seal-port", 0, "--seed", 0, "--kv-blocks", 4096) as (address, seal, _):
@@ -328,7 +328,7 @@ def test_sampling_beside_training(benchmark, record):
 def test_seal_drivers(benchmark, record, letters):
     """40 published self-edits, cut to so many letters a sequence: one driver, eight drivers; the first 8 replies
     are compared. In turns, each on a server of its own."""
-    import seal_cases
+    import seal_cases  # pyright: ignore[reportMissingImports]
 
     seal_cases.LETTERS = letters
     requests = seal_cases.published_requests(40 // (5 if QUICK else 1))

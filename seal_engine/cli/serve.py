@@ -37,7 +37,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampling-defaults", "of fields that a request leaves out", choices=("vllm", "model"), default="vllm")
     add("--kv-blocks", "blocks of 16 tokens in the K/V cache (default: half of the free memory)", type=int, metavar="N")
     add("--max-num-seqs", "completions sampled at once", type=int, default=256, metavar="N")
-    add("--max-queue", "prompts, and jobs, in the queue or running", type=int, default=4096, metavar="N")
+    add("--max-queue", "samples, and jobs, in the queue or running", type=int, default=16384, metavar="N")
     add("--max-body", "bytes of a request", type=int, default=2**25, metavar="N")
     add("--training-share", "of the time, while there is sampling, too", type=float, default=0.2, metavar="X")
     add("--drain-seconds", "that running requests have after SIGTERM", type=float, default=30.0, metavar="X")

@@ -91,7 +91,7 @@ def make_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> AP
         adapter = names.resolve(body.model)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: found a number; accepted: only with logprobs=true", "top_logprobs")
-        ids = service.chat_token_ids(
+        ids = await service.chat_prompt(
             body.messages,
             body.add_generation_prompt is not False,
             bool(body.continue_final_message),
@@ -114,7 +114,7 @@ def make_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> AP
             raise ApiError(400, "stream: found true; accepted: false: /v1/chat/completions streams", "stream")
         adapter = names.resolve(body.model)
         chat = ChatBody.model_validate({"messages": _turns(body)})
-        ids = service.chat_token_ids(chat.messages)
+        ids = await service.chat_prompt(chat.messages)
         params = service.params(body, len(ids), body.max_output_tokens)
         sample = SampleRequest(ids, params, adapter)
         (output,) = await unless_disconnected(request, service.sample([sample]))
@@ -129,7 +129,7 @@ def make_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> AP
             raise ApiError(400, "prompt: found both or neither of prompt and messages; accepted: one of them", "prompt")
         if body.messages is not None:
             generate, go_on = body.add_generation_prompt is not False, bool(body.continue_final_message)
-            ids = service.chat_token_ids(body.messages, generate, go_on, body.chat_template_kwargs)
+            ids = await service.chat_prompt(body.messages, generate, go_on, body.chat_template_kwargs)
         else:
             special = body.add_special_tokens is not False
             ids = await asyncio.to_thread(service.engine.tokenizer.encode, body.prompt or "", special)
@@ -140,7 +140,7 @@ def make_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> AP
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """The text of token ids."""
         names.resolve(body.model)
-        return {"prompt": service.engine.tokenizer.decode(body.tokens)}
+        return {"prompt": await asyncio.to_thread(service.engine.tokenizer.decode, body.tokens)}
 
     @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
     async def load_lora_adapter(body: LoadAdapterBody) -> str:

@@ -49,7 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. InputError naming host and port."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
+        # The protocol is spelled out: asyncio turns Nagle's delay off only where it is.
+        with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
             listener.listen(1024)

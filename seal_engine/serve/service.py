@@ -123,10 +123,16 @@ class Service:
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
         """Queue the prompts of one HTTP request. ApiError for more than the queue ever takes; QueueFullError."""
-        most = self.worker.max_queue
-        if len(requests) > most:
-            raise ApiError(400, f"prompt: found {len(requests)} prompts; accepted: at most {most} in one request")
+        most, count = self.worker.max_queue, sum(request.params.n for request in requests)
+        if count > most:
+            raise ApiError(400, f"prompt: found {count} samples of all prompts; accepted: {most} in one request", "n")
         self.worker.sample(requests)
+
+    async def chat_prompt(self, messages: Sequence[Message], *arguments: Any) -> list[int]:
+        """`chat_token_ids`, beside the event loop where that takes long."""
+        if sum(len(str(message.content)) for message in messages) > LONG_TEXT:
+            return await asyncio.to_thread(self.chat_token_ids, messages, *arguments)
+        return self.chat_token_ids(messages, *arguments)
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[RequestOutput]:
         """The outputs of prompts. Whoever stops waiting cancels them."""

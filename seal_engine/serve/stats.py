@@ -22,7 +22,7 @@ COUNTERS = {  # name in /metrics -> number of `counts`, help
 GAUGES = {
     "seal_engine_sequences_running": ("sequences_running", "Completions that are being sampled."),
     "seal_engine_sequences_waiting": ("sequences_waiting", "Completions that wait for the sampler."),
-    "seal_engine_requests_open": ("requests_open", "Prompts without a result yet."),
+    "seal_engine_requests_open": ("requests_open", "Samples without a result yet."),
     "seal_engine_jobs_running": ("jobs_running", "Training jobs that are resident."),
     "seal_engine_jobs_open": ("jobs_open", "Training jobs and calls without a result yet."),
     "seal_engine_cache_blocks": ("cache_blocks", "Blocks of the K/V cache."),

@@ -103,10 +103,10 @@ class Worker:
         engine: Engine,
         num_blocks: int | None = None,
         max_num_seqs: int = 256,
-        max_queue: int = 4096,
+        max_queue: int = 16384,
         training_share: float = 0.2,
     ):
-        """num_blocks, max_num_seqs: of the sampler. max_queue: prompts, and jobs, that may be waiting or running.
+        """num_blocks, max_num_seqs: of the sampler. max_queue: samples, and jobs, that may be waiting or running.
         training_share: of the time, while there is sampling to do, too; above 0 and below 1.
         """
         self.engine = engine
@@ -146,7 +146,7 @@ class Worker:
         return any(self._open.values())
 
     def num_open(self, kind: str) -> int:
-        """Requests of a kind, "sampling" or "training", that have no result yet."""
+        """Samples, or jobs and calls, by the kind "sampling" or "training", that have no result yet."""
         return self._open[kind]
 
     # What callers submit
@@ -156,7 +156,7 @@ class Worker:
 
         Raises QueueFullError and ClosedError.
         """
-        self._admit(SAMPLING, len(requests), bounded)
+        self._admit(SAMPLING, sum(request.params.n for request in requests), bounded)
         self._inbox.put(partial(self._add_samples, requests))
 
     def train(self, jobs: Sequence[TrainJob], bounded: bool = True) -> list[TrainRequest]:
@@ -212,7 +212,7 @@ class Worker:
             raise ClosedError("the server is shutting down")
         with self._lock:
             if bounded and self._open[kind] + count > self.max_queue:
-                raise QueueFullError(f"the queue is full: {self._open[kind]} requests are waiting or running")
+                raise QueueFullError(f"the queue is full: {self._open[kind]} are waiting or running")
             self._open[kind] += count
 
     def _add_verb(self, request: VerbRequest) -> "Future[list[Any]]":
@@ -333,10 +333,8 @@ class Worker:
             return
         request = self._samples.pop(number)
         self.sampler.release(number)
-        if output.error is None:
-            self._close(request.future, SAMPLING, output)
-        else:
-            self._close(request.future, SAMPLING, FailedError(output.error))
+        outcome = output if output.error is None else FailedError(output.error)
+        self._close(request.future, SAMPLING, outcome, request.params.n)
 
     # Training
 
@@ -410,7 +408,7 @@ class Worker:
         if isinstance(request, SampleRequest):
             del self._samples[request.number]
             self.sampler.release(request.number)
-            self._close(request.future, SAMPLING, error)
+            self._close(request.future, SAMPLING, error, request.params.n)
         elif self.trainer is not None:
             del self._jobs[request.number]
             self.trainer.release(request.number)
@@ -430,9 +428,10 @@ class Worker:
     def _stop(self) -> None:
         self._stopped = True
 
-    def _close(self, future: "Future[Any]", kind: str, outcome: Any) -> None:
+    def _close(self, future: "Future[Any]", kind: str, outcome: Any, count: int = 1) -> None:
+        """Settle a future, and count out what was admitted for it."""
         with self._lock:
-            self._open[kind] -= 1
+            self._open[kind] -= count
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:

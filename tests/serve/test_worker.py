@@ -57,7 +57,7 @@ def test_time_is_shared_as_set(engine, share):
     """While both are due, training gets its share of the time, within a pass or two of it."""
     made = Worker(engine, num_blocks=500, training_share=share)
     made.start()
-    (training,) = made.train([job(10_000)])
+    (training,) = made.train([job(2000)])
     requests = [SampleRequest(IDS, SamplingParams(max_tokens=1500, ignore_eos=True, seed=i)) for i in range(4)]
     made.sample(requests)
     while made.turns["sampling"] < 10:
