@@ -35,7 +35,12 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-adapters-from", text, action="append", default=[], metavar="DIR")
     add("--chat-template", "file: Jinja chat template in place of the model's", metavar="FILE")
     add("--sampling-defaults", "of fields that a request leaves out", choices=("vllm", "model"), default="vllm")
-    add("--kv-blocks", "blocks of 16 tokens in the K/V cache (default: half of the free memory)", type=int, metavar="N")
+    add(
+        "--kv-blocks",
+        "blocks of 16 tokens in the K/V cache (default: GPU half of the free memory, CPU 4096)",
+        type=int,
+        metavar="N",
+    )
     add("--max-num-seqs", "completions sampled at once", type=int, default=256, metavar="N")
     add("--max-queue", "samples, and jobs, in the queue or running", type=int, default=16384, metavar="N")
     add("--max-body", "bytes of a request", type=int, default=2**25, metavar="N")

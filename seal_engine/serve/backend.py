@@ -7,7 +7,8 @@ from seal_engine.engine import Engine
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.tokenizer import Tokenizer
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
-from seal_engine.serve.worker import SampleRequest, Worker
+from seal_engine.serve.requests import SampleRequest
+from seal_engine.serve.worker import Worker
 from seal_engine.training.jobs import TrainJob, TrainResult
 
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from seal_engine.serve.worker import ClosedError, FailedError, QueueFullError
+from seal_engine.serve.requests import ClosedError, FailedError, QueueFullError
 from seal_engine.types import InputError
 
 FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*")

@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any
 
 from seal_engine.sampling.requests import Completion, Delta
+from seal_engine.serve.requests import SampleRequest
 from seal_engine.serve.service import Service
 from seal_engine.serve.token_texts import TextOptions, TextStream
-from seal_engine.serve.worker import SampleRequest
 from seal_engine.types import InputError
 
 

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from seal_engine.serve.errors import ApiError, as_api_error, error_body
 from seal_engine.serve.formats import ChatFormat, CompletionFormat
 from seal_engine.serve.generation import Generation, Piece, text_options
+from seal_engine.serve.requests import SampleRequest
 from seal_engine.serve.schemas import (
     ChatBody,
     CompletionBody,
@@ -25,7 +26,6 @@ from seal_engine.serve.schemas import (
     UnloadAdapterBody,
 )
 from seal_engine.serve.service import Service
-from seal_engine.serve.worker import SampleRequest
 from seal_engine.types import InputError
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI and vLLM have it

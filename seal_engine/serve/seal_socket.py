@@ -18,8 +18,8 @@ import zmq.asyncio
 
 from seal_engine.serve.backend import WorkerBackend
 from seal_engine.serve.guard import Key
+from seal_engine.serve.requests import CancelledError, ClosedError, FailedError, QueueFullError
 from seal_engine.serve.seal_loop import SealLoop, read_request
-from seal_engine.serve.worker import CancelledError, ClosedError, FailedError, QueueFullError
 from seal_engine.types import InputError
 
 MAX_REQUESTS = 64  # that run at once; more wait

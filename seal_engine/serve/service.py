@@ -12,9 +12,10 @@ from seal_engine.engine import Engine
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.serve.adapters import AdapterNames
 from seal_engine.serve.errors import ApiError
+from seal_engine.serve.requests import SampleRequest
 from seal_engine.serve.schemas import Message
 from seal_engine.serve.token_texts import TokenTexts
-from seal_engine.serve.worker import SampleRequest, Worker
+from seal_engine.serve.worker import Worker
 from seal_engine.types import InputError
 
 LONG_TEXT = 20_000  # characters, from which on tokenizing would hold up the event loop

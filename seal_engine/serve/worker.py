@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
@@ -23,76 +22,35 @@ import torch
 
 from seal_engine.engine import Engine
 from seal_engine.model.adapters import Adapter
-from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
-from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult
+from seal_engine.model.devices import free_memory
+from seal_engine.sampling.kv_cache import KVCache
+from seal_engine.sampling.requests import Delta
+from seal_engine.serve.requests import (
+    CancelledError,
+    ClosedError,
+    FailedError,
+    QueueFullError,
+    SampleRequest,
+    TrainRequest,
+    VerbRequest,
+    running_future,
+)
+from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob
 from seal_engine.training.trainer import Trainer
 from seal_engine.types import InputError
 
 T = TypeVar("T")
 SAMPLING, TRAINING = "sampling", "training"
 KEPT_STEP_TIMES = 1024
+CPU_BLOCKS = 4096  # 65,536 tokens
 log = logging.getLogger("seal_engine")
 
 
-class QueueFullError(RuntimeError):
-    """More requests are waiting than the worker accepts; the same request may be sent again later."""
-
-
-class ClosedError(RuntimeError):
-    """The worker takes no new requests, or stopped before this one was done."""
-
-
-class CancelledError(RuntimeError):
-    """The request was cancelled by the caller."""
-
-
-class FailedError(RuntimeError):
-    """The engine failed on a request that is valid."""
-
-
-def running_future() -> "Future[Any]":
-    """A future that its waiter cannot cancel behind the worker's back: `Worker.cancel` does that."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
-@dataclass(eq=False)
-class SampleRequest:
-    """A prompt for the worker's sampler. future: its RequestOutput; InputError if the prompt cannot be run.
-
-    on_delta is called on the worker's thread with every Delta, and must return at once. output: the RequestOutput as it
-    grows, from the first delta on.
-    """
-
-    token_ids: Sequence[int]
-    params: SamplingParams
-    adapter: Adapter | None = None
-    prompt: str | None = None
-    on_delta: Callable[[Delta], None] | None = None
-    output: RequestOutput | None = None
-    future: "Future[RequestOutput]" = field(default_factory=running_future)
-    number: int | None = None  # the sampler's id, while it is there
-
-
-@dataclass(eq=False)
-class TrainRequest:
-    """A job for the worker's trainer. future: its TrainResult, which has the error of a job that failed."""
-
-    job: TrainJob
-    future: "Future[TrainResult]" = field(default_factory=running_future)
-    number: int | None = None  # the trainer's id, while it is there
-
-
-@dataclass(eq=False)
-class VerbRequest:
-    """One call of forward_backward or optim_step, which may run together with those of other adapters."""
-
-    items: Sequence[Any]  # Datum, or (Adapter, AdamParams)
-    adapters: set[int]  # uids of those that the call changes
-    num_tokens: int  # that forward_backward computes; 0 for optim_step
-    trains: bool  # forward_backward, not optim_step
-    future: "Future[list[Any]]" = field(default_factory=running_future)
+def _cpu_blocks(engine: Engine) -> int:
+    """Blocks of the K/V cache on a CPU, whose free memory is everybody's."""
+    wanted = max(CPU_BLOCKS, 4 * engine.config.max_position_embeddings // 16)
+    size = KVCache.block_bytes(engine.config, engine.model.compute_dtype)
+    return max(1, min(wanted, free_memory(engine.model.device) // 2 // size))
 
 
 class Worker:
@@ -106,11 +64,17 @@ class Worker:
         max_queue: int = 16384,
         training_share: float = 0.2,
     ):
-        """num_blocks, max_num_seqs: of the sampler. max_queue: samples, and jobs, that may be waiting or running.
-        training_share: of the time, while there is sampling to do, too; above 0 and below 1.
+        """num_blocks, max_num_seqs: of the sampler; num_blocks None: on a GPU half of the free memory, on a CPU
+        CPU_BLOCKS, or four sequences of the model's length, if half of the free memory holds them. max_queue: samples,
+        and jobs, that may be waiting or running. training_share: of the time, while there is sampling to do, too;
+        above 0 and below 1.
         """
         self.engine = engine
+        if num_blocks is None and engine.model.device.type == "cpu":
+            num_blocks = _cpu_blocks(engine)
         self.sampler = engine.sampler(num_blocks, max_num_seqs=max_num_seqs)
+        for memory in (self.sampler.cache.keys, self.sampler.cache.values):
+            memory.zero_()  # taken now: a process that serves for days does not grow with the prefixes that it keeps
         self.trainer: Trainer | None = None  # made for the first job: its memory is what is free then
         self.max_queue = max_queue
         self.shares = {SAMPLING: 1 - training_share, TRAINING: training_share}

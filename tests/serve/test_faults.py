@@ -19,7 +19,7 @@ import httpx
 import pytest
 from serving import idle, running
 
-from seal_engine.serve.worker import SampleRequest
+from seal_engine.serve.requests import SampleRequest
 from seal_engine.tiny import MODEL
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from serving import idle, running
 
 from seal_engine import Adapter, SamplingParams
 from seal_engine.sampling.scheduler import Request, Sequence
-from seal_engine.serve.worker import SampleRequest, TrainRequest
+from seal_engine.serve.requests import SampleRequest, TrainRequest
 from seal_engine.tiny import MODEL
 
 PROMPTS = ["What does Ann collect?", "Where does", "Delo Monia is", "In which city"]

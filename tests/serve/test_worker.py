@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from seal_engine import AdamParams, Datum, InputError, LoraConfig, SamplingParams, TrainJob
-from seal_engine.serve.worker import CancelledError, ClosedError, FailedError, QueueFullError, SampleRequest, Worker
+from seal_engine.serve.requests import CancelledError, ClosedError, FailedError, QueueFullError, SampleRequest
+from seal_engine.serve.worker import Worker
 
 IDS = [5, 17, 300, 40]
 LONG = SamplingParams(max_tokens=300, ignore_eos=True, seed=1)
