@@ -107,8 +107,8 @@ def _job(message: Mapping[str, Any], sequences: list[str]) -> TrainJob:
     """The job with the server's defaults for what the message leaves out."""
 
     def value(name: str, default: Any) -> Any:
-        found = message.get(name)
-        return default if found is None else found
+        sent = message.get(name)
+        return default if sent is None else sent
 
     job = TrainJob(
         sequences,

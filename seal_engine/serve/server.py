@@ -95,8 +95,9 @@ async def serve(
     try:
         while not server.started and not tasks[0].done():
             await asyncio.sleep(0.01)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        ready(f"http://{host}:{listener.getsockname()[1]}")
+        if server.started:
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            ready(f"http://{host}:{listener.getsockname()[1]}")
         waiting = asyncio.create_task(stopping.wait())
         await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -105,7 +106,9 @@ async def serve(
         server.should_exit = True
         if seal is not None:
             await seal.close()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.error("the server ended with an error", exc_info=outcome)
         await asyncio.to_thread(service.worker.stop)
 
 
