@@ -1,12 +1,15 @@
 """The openai client, sync, async and streaming, gets what Engine.generate gives for the same seeds."""
 
 import asyncio
+import json
+import shutil
 
+import httpx
 import openai
 import pytest
-from serving import idle
+from serving import idle, running
 
-from seal_engine import SamplingParams
+from seal_engine import Engine, SamplingParams
 from seal_engine.tiny import MODEL
 
 PROMPTS = ["What does Ann collect?", "Where does", "Delo Monia is"]
@@ -249,8 +252,6 @@ def test_many_at_once_through_the_async_client(server, engine, adapters):
 
 
 def test_models_and_tokens(server, client, engine):
-    import httpx
-
     listed = client.models.list().data
     assert [model.id for model in listed] == [BASE, "ann", "bob"]
     assert [model.parent for model in listed] == [None, BASE, BASE]
@@ -332,3 +333,18 @@ def test_token_ids_are_returned(client, engine):
     score = engine.score([ids])[0].tolist()
     values = [choice.prompt_logprobs[i][str(ids[i])]["logprob"] for i in range(1, len(ids))]
     assert values == pytest.approx(score, abs=1e-4)
+
+
+def test_settings_that_a_request_leaves_out(engine, tmp_path):
+    """vLLM's defaults, or with --sampling-defaults model those of the checkpoint; a request's own come first."""
+    shutil.copytree(MODEL, tmp_path / "model")
+    config = {"do_sample": True, "temperature": 0.3, "top_k": 5, "repetition_penalty": 1.4, "eos_token_id": 0}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(config))
+    own = Engine.from_pretrained(tmp_path / "model", device="cpu")
+    asked = dict(max_tokens=12, seed=1)
+    for flags, defaults in (([], {}), (["--sampling-defaults", "model"], own.sampling_defaults())):
+        with running(own, *flags) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+            for fields in (asked, {**asked, "temperature": 1.2}):
+                (choice,) = client.completions.create(model=BASE, prompt=PROMPTS[0], **fields).choices
+                (wanted,) = generated(own, PROMPTS[:1], **{**defaults, **fields})
+                assert choice.text == wanted.text

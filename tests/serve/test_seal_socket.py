@@ -184,17 +184,17 @@ def test_unknown_keys_are_tolerated_and_seeds_may_come_with_a_request(driver):
 
 def test_a_request_that_is_sent_again_joins_the_first(seal):
     """As a driver's retry on a new socket after its time-out: nothing is trained twice, the retry has the reply."""
-    request = {**SMALL, "finetune_epochs": 40, "eval_questions": [{"question": "Retry?", "answer": "x"}]}
+    request = {**SMALL, "finetune_epochs": 100, "eval_questions": [{"question": "Retry?", "answer": "x"}]}
     before = seal.service.worker.trainer.tokens_done if seal.service.worker.trainer else 0
-    impatient = Driver(seal.seal.port, 0.3)
+    impatient = Driver(seal.seal.port)
     impatient.send(request)
-    sleep(0.3)
+    sleep(0.1)
     impatient.close()
     patient = Driver(seal.seal.port, 60)
     reply = patient.ask(request)
     assert "error" not in reply
     ids = [seal.service.engine.tokenizer.encode(text) for text in request["train_sequences"]]
-    assert seal.service.worker.trainer.tokens_done - before == 40 * sum(map(len, ids))
+    assert seal.service.worker.trainer.tokens_done - before == 100 * sum(map(len, ids))
     patient.close()
 
 
