@@ -29,7 +29,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", "port of HTTP; 0: a free one", type=int, default=8000, metavar="N")
     add("--api-key-env", "environment variable that holds the key which clients must send", metavar="NAME")
     add("--served-model-name", "another name of the base model, beside its path", metavar="NAME")
-    add("--adapter", "serve this PEFT adapter under a name", action="append", default=[], metavar="NAME=DIR")
+    text = "serve PEFT adapters, each under a name"
+    add("--adapter", text, action="extend", nargs="+", default=[], metavar="NAME=DIR")
     add("--max-adapters", "adapters served at once (default: no limit)", type=int, metavar="N")
     text = "directory that clients may load adapters from (default: none)"
     add("--allow-adapters-from", text, action="append", default=[], metavar="DIR")

@@ -57,7 +57,7 @@ def adapters(make_adapter, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(engine, adapters):
     """Serves the miniature and two adapters, with a chat template."""
-    names = [argument for name, (_, directory) in adapters.items() for argument in ("--adapter", f"{name}={directory}")]
+    names = ["--adapter", *(f"{name}={directory}" for name, (_, directory) in adapters.items())]
     allowed = ["--allow-adapters-from", str(next(iter(adapters.values()))[1].parents[1])]
     with running(engine, *names, *allowed, chat_template=TEMPLATE) as running_server:
         yield running_server
