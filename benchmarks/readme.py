@@ -257,11 +257,42 @@ def speed() -> str:
     return table(heads, lines) + prose(text)
 
 
+def serve() -> str:
+    """The server: what HTTP adds, a mixed load, sampling beside training, SEAL's drivers, memory."""
+    rows, machine = read("bench_serve_cpu")
+    http, load, memory = (pick(rows, what=what) for what in ("completions of 64 tokens", "mixed load", "memory"))
+    alone, beside = (row for row in rows if row["what"] == "a token of one of 16 streams")
+    lines = [
+        [f"{http['requests']} completions of 64 tokens, {http['clients']} clients, beside Engine.generate",
+         f"{rate(http['served_tokens_per_s'])} and {rate(http['tokens_per_s'])} tokens/s: "
+         f"{http['percent_on_top']:.1f}% more time"],
+        [f"{load['requests']:,} mixed requests, {load['clients']} clients, adapters loaded and unloaded "
+         f"{load['adapters_loaded_meanwhile']} times",
+         f"{load['seconds']:.1f} s, {load['wrong_answers']} wrong answers, {load['server_errors']} responses of 5xx"],
+        ["from one token to the next of 16 streams, median and p95",
+         f"{alone['p50_ms']:.1f} and {alone['p95_ms']:.1f} ms"],
+        ["the same while 8 SEAL requests train", f"{beside['p50_ms']:.1f} and {beside['p95_ms']:.1f} ms, beside "
+         f"{rate(beside['trained_tokens_per_s'])} trained tokens/s"],
+    ]  # fmt: skip
+    for seal in (row for row in rows if row["what"] == "SEAL requests"):
+        lines.append(
+            [f"{seal['requests']} published self-edits cut to {seal['letters']} letters a sequence, 1 and 8 drivers",
+             f"{seal['one_driver_seconds']:.1f} and {seal['eight_drivers_seconds']:.1f} s, a ratio of "
+             f"{seal['ratio']:.2f}; all numbers equal in {seal['same_numbers']}"]
+        )  # fmt: skip
+    lines.append(
+        [f"resident memory, before and after {memory['requests']:,} requests and {memory['adapters']} adapters",
+         f"{memory['before_MiB']:.0f} and {memory['after_MiB']:.0f} MiB: {memory['percent_more']:.1f}% more"]
+    )  # fmt: skip
+    return table(("what", "measured"), lines) + source("bench_serve_cpu", machine)
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / page: {function.__name__: function for function in functions}
     for page, functions in {
         "README.md": (demo_knowledge, speed),
         "docs/benchmarks.md": (demo_few_shot, seal_round, forecast_round, few_shot, model, train, scaling, sample),
+        "docs/serve.md": (serve,),
     }.items()
 }
 

@@ -41,7 +41,7 @@ TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few eno
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
 # Settings of generation_config.json that change what is sampled, and the values that change nothing.
 UNSUPPORTED_SAMPLING = {
-    "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None,
     "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
     "sequence_bias": None, "guidance_scale": None, "penalty_alpha": None,
@@ -304,7 +304,8 @@ class Engine:
             require(values.get(name) in (None, neutral), f"{file}: {name}", values.get(name), accepted)
         if values.get("do_sample") is not True:
             return {"temperature": 0.0}
-        return {name: values[name] for name in ("temperature", "top_p", "top_k") if values.get(name) is not None}
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return {name: values[name] for name in names if values.get(name) is not None}
 
     def sampler(self, num_blocks: int | None = None, stream: bool = False, max_num_seqs: int = MAX_NUM_SEQS) -> Sampler:
         """A Sampler over this engine's model with a K/V cache of its own: add requests, step, poll.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 SPANS = sorted(set(re.findall(r"`([^`\n]+)`", (ROOT / "docs/architecture.md").read_text())))
 
 
@@ -18,10 +19,10 @@ def definitions() -> set[str]:
     for folder in ("seal_engine", "kernels"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.parse(file.read_text()).body:
-                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                if isinstance(node, FUNCTIONS | ast.ClassDef):
                     names.add(node.name)
                     members = node.body if isinstance(node, ast.ClassDef) else []
-                    names |= {f"{node.name}.{m.name}" for m in members if isinstance(m, ast.FunctionDef)}
+                    names |= {f"{node.name}.{m.name}" for m in members if isinstance(m, FUNCTIONS)}
                 elif isinstance(node, ast.Assign | ast.AnnAssign):
                     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                     names |= {target.id for target in targets if isinstance(target, ast.Name)}

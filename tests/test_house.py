@@ -25,6 +25,7 @@ ROOMS = [
     {"__init__"},
     {"loop"},
     {"domains"},
+    {"serve"},
     {"tiny"},
     {"runs"},
     {"report"},
@@ -80,15 +81,16 @@ def test_kernels_import_nothing_of_the_engine():
         assert not imported(file, "seal_engine"), file
 
 
-@pytest.mark.parametrize("module", ["transformers", "peft", "triton"])
+@pytest.mark.parametrize("module", ["transformers", "peft", "triton", "fastapi", "zmq"])
 def test_the_cpu_path_does_not_import(module):
-    """Importing the engine on a machine without a GPU brings in neither Hugging Face's stack nor triton."""
+    """Importing the engine and the command line on a machine without a GPU brings in neither Hugging Face's stack nor
+    triton nor what the extra `serve` installs."""
     if module == "triton":
         import torch
 
         if torch.cuda.is_available():
             pytest.skip("this machine has a CUDA device, so triton is imported")
-    code = f"import seal_engine.api, sys; sys.exit({module!r} in sys.modules)"
+    code = f"import seal_engine.api, seal_engine.cli.main, sys; sys.exit({module!r} in sys.modules)"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

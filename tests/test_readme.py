@@ -57,12 +57,12 @@ def test_files_that_are_linked_are_there(document, link):
 
 
 def test_the_tree_names_every_file():
-    """Files of seal_engine stand in README's tree, those of the two tasks and the report by their folder at least."""
+    """Files of seal_engine stand in README's tree, those of the two tasks and the server by their folder at least."""
     tree = README[README.index("## The tree") :]
     for file in sorted((ROOT / "seal_engine").rglob("*.py")):
         if not file.name.startswith("__"):
             folder = str(file.parent.relative_to(ROOT / "seal_engine")) + "/"
-            assert file.name in tree or (folder in tree and folder.startswith(("domains/", "tiny/"))), file
+            assert file.name in tree or (folder in tree and folder.startswith(("domains/", "serve/", "tiny/"))), file
 
 
 def test_the_snippets_run_as_pasted(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ TESTS = {
     "sample": ["sampler", "scheduler", "text"],
     "scaling": ["train"],
     "seal_round": ["train", "sampler", "bench"],
+    "serve": ["openai_api", "seal_socket", "worker"],
 }
 SPEEDS = ("tokens_per_s",)
 MEASURES = ("seconds", "ms", "us", *SPEEDS)  # what revisions are compared by: the first that a row has

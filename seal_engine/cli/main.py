@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from seal_engine.cli import bench, engine, run
+from seal_engine.cli import bench, engine, run, serve
 from seal_engine.loop.restem import RunError
 from seal_engine.types import InputError
 
@@ -67,6 +67,7 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argp
     "report": (run.report_arguments, run.report),
     "train": (engine.train_arguments, engine.train),
     "generate": (engine.generate_arguments, engine.generate),
+    "serve": (serve.serve_arguments, serve.serve),
     "select": (run.select_arguments, run.select),
     "plan": (engine.plan_arguments, engine.plan),
     "bench": (bench.bench_arguments, bench.bench),

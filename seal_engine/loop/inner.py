@@ -12,16 +12,15 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from seal_engine.engine import Engine
 from seal_engine.loop.domain import Candidate
 from seal_engine.loop.records import Trial
 from seal_engine.model.adapters import Adapter
-from seal_engine.sampling.requests import SamplingParams
+from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.training.jobs import TrainJob, TrainResult
 
 Grade = Callable[[Sequence[tuple[str, Sequence[str]]]], list[list[float | None]]]  # as Domain.grade
@@ -45,12 +44,32 @@ class TrialResult:
     seconds: float
 
 
+class Backend(Protocol):
+    """What the inner loop asks of an engine; a server's share of one offers it, too (see Engine for the contracts)."""
+
+    tokenizer: Any  # a Tokenizer, for graders that ask in chats
+
+    def train(self, jobs: Sequence[TrainJob], *, progress: bool = True) -> list[TrainResult]:
+        """Train all jobs at once; results in job order."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams,
+        adapters: Sequence[Adapter | None] | None = None,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue all prompts at once; outputs in their order."""
+        ...
+
+
 class InnerLoop:
     """Trains, questions and grades candidates over one engine; it keeps no state between calls."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Backend,
         answer_params: SamplingParams,
         grade: Grade,
         log: Callable[[str], None] = print,

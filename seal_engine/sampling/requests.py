@@ -19,6 +19,10 @@ class SamplingParams:
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0  # sample from the fewest most likely tokens that have this much probability together
     top_k: int = 0  # sample from this many most likely tokens; 0 or -1: from all
+    min_p: float = 0.0  # sample from tokens that are at least this share as likely as the most likely one
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the completion become less likely
+    frequency_penalty: float = 0.0  # subtracted from a token's logit for every time that it was sampled
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that were sampled
     max_tokens: int | None = 64  # None: as many as the model's length leaves
     min_tokens: int = 0  # tokens before a stop id may be sampled, or a stop text may end it
     stop: str | Sequence[str] | None = None  # texts that end a completion and are cut off
@@ -26,7 +30,8 @@ class SamplingParams:
     ignore_eos: bool = False  # the model's own stop ids do not end a completion
     seed: int | None = None  # the same seed samples the same tokens, whatever else is sampled; None: a new seed
     logprobs: int | None = None  # report each token's log-probability, and those of this many most likely tokens
-    prompt_logprobs: bool = False  # report the log-probabilities of the prompt's tokens
+    # Report the log-probabilities of the prompt's tokens; a number: and those of this many most likely tokens there.
+    prompt_logprobs: bool | int = False
     logits_hook: LogitsHook | None = None
 
     def __post_init__(self):
@@ -38,6 +43,7 @@ class SamplingParams:
         temperature, top_p = self.temperature, self.top_p
         require(is_number(temperature) and temperature >= 0, "temperature", temperature, "a finite number >= 0")
         require(is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "0 < top_p <= 1")
+        self._validate_penalties()
         stops = self.stops
         valid = isinstance(stops, list | tuple) and all(isinstance(text, str) and text for text in stops)
         require(valid, "stop", self.stop, "None, a text or a list of texts, none of them empty")
@@ -47,10 +53,31 @@ class SamplingParams:
         seed, logprobs = self.seed, self.logprobs
         require(seed is None or (is_integer(seed) and 0 <= seed < 2**63), "seed", seed, "None or 0 <= seed < 2**63")
         require(logprobs is None or (is_integer(logprobs) and logprobs >= 0), "logprobs", logprobs, "None or >= 0")
-        for name in ("ignore_eos", "prompt_logprobs"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
+        scores = self.prompt_logprobs
+        valid = isinstance(scores, bool) or (is_integer(scores) and scores >= 0)
+        require(valid, "prompt_logprobs", scores, "True, False or an integer >= 0")
         hook = self.logits_hook
         require(hook is None or callable(hook), "logits_hook", hook, "None or a function of (token ids, logits)")
+
+    def _validate_penalties(self) -> None:
+        require(is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "0 <= min_p <= 1")
+        penalty = self.repetition_penalty
+        usable = is_number(penalty) and 0.01 <= penalty <= 100  # beyond, logits overflow
+        require(usable, "repetition_penalty", penalty, "a number from 0.01 to 100; 1: none")
+        for name in ("frequency_penalty", "presence_penalty"):
+            penalty = getattr(self, name)
+            require(is_number(penalty) and -2 <= penalty <= 2, name, penalty, "a number from -2 to 2")
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a penalty is set, so that logits depend on the tokens so far."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are reported."""
+        return self.prompt_logprobs is not False
 
     @property
     def stops(self) -> Sequence[str]:
@@ -80,6 +107,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[Completion]
     prompt_logprobs: list[float] | None = None  # of tokens 1 .. n - 1
+    prompt_top_logprobs: list[dict[int, float]] | None = None  # for tokens 1 .. n - 1, the most likely tokens there
     error: str | None = None
 
 

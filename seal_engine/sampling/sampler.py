@@ -22,6 +22,7 @@ from seal_engine.model.transformer import Model
 from seal_engine.sampling.decode_graph import DecodeGraphs, padded_sequences
 from seal_engine.sampling.detokenizer import Decode, Detokenizer
 from seal_engine.sampling.kv_cache import KVCache
+from seal_engine.sampling.penalties import keep_min_p, penalize
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
 from seal_engine.sampling.scheduler import Chunk, Request, Scheduler, Sequence
 from seal_engine.types import InputError, PagedArrays, is_integer
@@ -36,6 +37,8 @@ class _StepAdapters(NamedTuple):
     params: dict[Adapter | None, Tensor | None]
     tokens: list[int]
     batch: LoraBatch | None
+
+LOGIT_ROWS = 256  # of a prompt that is scored: whose logits are held at once
 
 
 class Sampler:
@@ -101,7 +104,8 @@ class Sampler:
         special_stop_ids = [self.special_tokens[text] for text in params.stops if text in self.special_tokens]
         request.stop_ids = frozenset((*model_stop_ids, *special_stop_ids, *(params.stop_token_ids or ())))
         request.seed = next(self.seeds) if params.seed is None else params.seed
-        request.output.prompt_logprobs = [] if params.prompt_logprobs else None
+        request.output.prompt_logprobs = [] if params.scores_prompt else None
+        request.output.prompt_top_logprobs = [] if params.scores_prompt and is_integer(params.prompt_logprobs) else None
         for index in range(params.n):
             watches_text = params.stops or self.stream
             detokenizer = Detokenizer(self.decode, params.stops) if self.decode and watches_text else None
@@ -232,7 +236,7 @@ class Sampler:
         end = 0
         for sequence, num_tokens, _ in chunks:
             start, end = end, end + num_tokens
-            if sequence.request.params.prompt_logprobs:
+            if sequence.request.params.scores_prompt:
                 self._score_prompt(sequence, hidden[start:end])
             newly_ready = self.scheduler.mark_computed(sequence, num_tokens)
             ready += newly_ready
@@ -286,7 +290,27 @@ class Sampler:
         if sequence.completion.index == 0 and first < len(prompt) - 1:
             hidden = hidden[first - start : len(prompt) - 1 - start]
             targets = torch.tensor(prompt[first + 1 : first + 1 + len(hidden)], device=hidden.device)
-            output.prompt_logprobs = scored + self.model.token_logprobs(hidden, targets.long()).tolist()
+            if output.prompt_top_logprobs is None:
+                output.prompt_logprobs = scored + self.model.token_logprobs(hidden, targets.long()).tolist()
+            else:
+                values, top = self._top_logprobs(hidden, targets, int(sequence.request.params.prompt_logprobs))
+                output.prompt_logprobs = scored + values
+                output.prompt_top_logprobs = output.prompt_top_logprobs[: len(scored)] + top
+
+    def _top_logprobs(self, hidden: Tensor, targets: Tensor, count: int) -> tuple[list[float], list[dict[int, float]]]:
+        """Log-probabilities of the targets [n] that the hidden states [n, D] predict, and of the most likely tokens.
+
+        One computation, so that a target that is most likely has the largest number exactly.
+        """
+        values: list[float] = []
+        top: list[dict[int, float]] = []
+        for rows, tokens in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+            logits = self.model.logits(rows)
+            ids = torch.cat([tokens[:, None], logits.topk(min(count, logits.shape[1]), dim=1).indices], 1)
+            for row_ids, row_values in zip(ids.tolist(), logprobs_of(logits, ids).tolist(), strict=True):
+                values.append(row_values[0])
+                top.append(dict(zip(row_ids[1:], row_values[1:], strict=True)))
+        return values, top
 
     def _sample(self, hidden: Tensor, rows: list[int], sequences: list[Sequence]) -> list[Delta]:
         """Sample the next token of each sequence from its row of the hidden states [T, D], and append it."""
@@ -324,13 +348,13 @@ class Sampler:
         return deltas
 
     def _adjust_logits(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
-        """Apply hooks and min_tokens. Returns the logits, a copy if any row changed."""
+        """Apply hooks, min_tokens, penalties and min_p. Returns the logits, a copy if any row changed."""
         adjusted = logits
         for i, sequence in enumerate(sequences):
             request, output_ids = sequence.request, sequence.completion.token_ids
-            hook = request.params.logits_hook
-            stop_ids = request.stop_ids if len(output_ids) < request.params.min_tokens else ()  # not to be sampled yet
-            if not hook and not stop_ids:
+            params, hook = request.params, request.params.logits_hook
+            stop_ids = request.stop_ids if len(output_ids) < params.min_tokens else ()  # not to be sampled yet
+            if not (hook or stop_ids or params.penalizes or params.min_p):
                 continue
             if adjusted is logits:
                 adjusted = logits.clone()
@@ -341,6 +365,10 @@ class Sampler:
                     request.output.error = f"logits_hook: {type(error).__name__}: {error}"
             if stop_ids:
                 adjusted[i, [token for token in stop_ids if 0 <= token < logits.shape[1]]] = float("-inf")
+            if params.penalizes:
+                adjusted[i] = penalize(adjusted[i].float(), request.output.prompt_token_ids, output_ids, params)
+            if params.min_p:
+                adjusted[i] = keep_min_p(adjusted[i], params)
         return adjusted
 
     def _logprobs(

@@ -105,6 +105,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # the oldest first
+        self.tokens_reused = 0  # whose K/V the prefix index had
 
     def add(self, request: Request) -> None:
         """Queue the first sequence of a request; the others start when it has computed the prompt."""
@@ -176,7 +177,7 @@ class Scheduler:
             sequence = self.waiting[0]
             request, token_ids, namespace = sequence.request, sequence.token_ids, self._current_namespace(sequence)
             is_new = sequence.completion.index == 0 and not sequence.completion.token_ids
-            scores_prompt = request.params.prompt_logprobs and is_new  # and must compute all of it
+            scores_prompt = request.params.scores_prompt and is_new  # and must compute all of it
             table = [] if scores_prompt else pool.match(namespace, token_ids)
             num_matched = len(table) * pool.block_size
             # The last token is left out of this key, because it is always computed.
@@ -193,7 +194,10 @@ class Scheduler:
             self.waiting.popleft()
             if scores_prompt and namespace != sequence.cache_namespace:
                 request.output.prompt_logprobs = []  # those so far are of another model
+                if request.output.prompt_top_logprobs is not None:
+                    request.output.prompt_top_logprobs = []
             self._start(sequence, namespace, table, num_matched)
+            self.tokens_reused += num_matched
             budget -= sequence.num_uncomputed
             blocks_in_flight.add(self._next_block_key(namespace, token_ids, num_matched))
         self.waiting.extendleft(reversed(deferred))

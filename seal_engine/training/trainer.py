@@ -102,6 +102,16 @@ class Trainer:
         else:
             self._fail(state, "cancelled")
 
+    def release(self, job_id: int) -> None:
+        """Cancel a job if it is not done, and drop its result: for trainers that live long."""
+        self.cancel(job_id)
+        if self._results[job_id].error is not None:
+            self._collect_losses()  # of passes that the job was in: without its result they would count
+        adapter = self._results.pop(job_id).adapter
+        if adapter in self._finished:
+            self._finished.remove(adapter)
+            self._finished_bytes -= adapter.nbytes
+
     def step(self) -> None:
         """One pass: the next micro-step of as many jobs as fit the token budget, and the optimizer steps now due.
 

@@ -140,7 +140,10 @@ def test_a_models_own_sampling_defaults_are_used_where_asked(tmp_path, capsys):
     assert "defaults: {'temperature': 0.6, 'top_p': 0.9, 'top_k': 20}" in capsys.readouterr().out
     file.write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     assert Engine.from_pretrained(tmp_path / "model").sampling_defaults() == {"temperature": 0.0}  # greedy
-    file.write_text(json.dumps(given | {"repetition_penalty": 1.1}))
+    file.write_text(json.dumps(given | {"repetition_penalty": 1.1, "min_p": 0.05}))
+    defaults = Engine.from_pretrained(tmp_path / "model").sampling_defaults()
+    assert (defaults["repetition_penalty"], defaults["min_p"]) == (1.1, 0.05)
+    file.write_text(json.dumps(given | {"no_repeat_ngram_size": 3}))
     assert main([*run, "--sampling-defaults", "model"]) == 2
-    assert "generation_config.json: repetition_penalty: found 1.1; accepted: 1.0" in capsys.readouterr().err
+    assert "generation_config.json: no_repeat_ngram_size: found 3; accepted: 0" in capsys.readouterr().err
     assert main(run) == 0

@@ -462,6 +462,10 @@ BAD_PARAMS = {
     "temperature": [-0.1, math.nan, math.inf, None, "1", True, 10**400],
     "top_p": [0, -0.5, 1.01, math.nan, None, "1", True, 10**400],
     "top_k": [-2, 1.0, None, True, "1"],
+    "min_p": [-0.1, 1.1, math.nan, None, "0.1", True],
+    "repetition_penalty": [0, 0.001, 101, -1, math.inf, None, "1", True],
+    "frequency_penalty": [-2.1, 2.1, math.nan, None, "1", True],
+    "presence_penalty": [-2.1, 2.1, math.nan, None, "1", True],
     "max_tokens": [0, -1, 1.5, True, "1"],
     "min_tokens": [-1, 1.5, None, True, 65],
     "stop": ["", [""], ["a", ""], 5, ["a", 5], {"a"}, b"a"],
@@ -469,7 +473,7 @@ BAD_PARAMS = {
     "ignore_eos": [1, None, "yes"],
     "seed": [-1, 2**63, 1.0, True, "1"],
     "logprobs": [-1, 1.0, True, "1"],
-    "prompt_logprobs": [1, None, "yes"],
+    "prompt_logprobs": [-1, 1.5, None, "yes"],
     "logits_hook": [5, "hook"],
 }
 
@@ -487,6 +491,7 @@ def test_params_in_range():
         dict(n=1, temperature=0, top_p=1, top_k=0, max_tokens=None, min_tokens=10**9, seed=2**63 - 1, logprobs=0),
         dict(temperature=0.0, top_p=1e-9, stop=("a", "b"), stop_token_ids=(), max_tokens=5, min_tokens=5),
         dict(stop=[], stop_token_ids=[1, 2], seed=0),
+        dict(min_p=1, repetition_penalty=0.01, frequency_penalty=-2, presence_penalty=2, prompt_logprobs=0),
     ):
         SamplingParams(**fields)
 

@@ -185,3 +185,22 @@ def test_failures_stay_alone(checkpoint):
         assert b.error is None
         assert a.losses == b.losses
         assert torch.equal(a.adapter.params, b.adapter.params)
+
+
+def test_a_trainer_that_lives_long_forgets_what_is_released(checkpoint):
+    """Neither results nor adapters stay: what finished jobs took of the memory bound is free again."""
+    trainer = Engine.from_pretrained(checkpoint("qwen2"), device="cpu").trainer(memory_bytes=2**30)
+    for _ in range(3):
+        job_ids = [trainer.submit(TrainJob([[5, 6, 7]], LoraConfig(r=4))) for _ in range(2)]
+        job_ids.append(trainer.submit(TrainJob([])))
+        waiting = trainer.submit(TrainJob([[5, 6, 7]], LoraConfig(r=4), num_epochs=1000))
+        trainer.step()
+        trainer.cancel(waiting)
+        while trainer.busy:
+            trainer.step()
+        for job_id in (*job_ids, waiting):
+            trainer.release(job_id)
+        assert trainer.num_done == 0
+        assert trainer._finished == []
+        assert trainer._finished_bytes == 0
+    assert trainer.poll(job_ids[0]) is None

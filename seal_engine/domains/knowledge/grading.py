@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from seal_engine.domains.knowledge.endpoint import Endpoint, complete, count_errors, first_error
-from seal_engine.engine import Engine
 from seal_engine.files import show
+from seal_engine.loop.inner import Backend
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.types import InputError, require
 
@@ -102,7 +102,7 @@ def parse_verdict(text: str) -> float | None:
 
 def make_grader(
     name: str,
-    engine: Engine | None = None,
+    engine: Backend | None = None,
     endpoint: Endpoint | None = None,
     template: str | None = None,
     chat: bool = False,
@@ -115,7 +115,7 @@ def make_grader(
     require(name in GRADERS, "grader", name, f"one of {list(GRADERS)}")
     text = check_template(template)
     if name == "model":
-        if not isinstance(engine, Engine):
+        if engine is None or not hasattr(engine, "generate"):
             raise InputError(f"engine: found {show(engine)}; accepted: an Engine, for the grader 'model'")
         return partial(_grade_by_model, engine, text, chat)
     if name == "endpoint":
@@ -127,7 +127,7 @@ def make_grader(
 
 
 def _grade_by_model(
-    engine: Engine, template: str, chat: bool, triples: list[tuple[str, str, str]]
+    engine: Backend, template: str, chat: bool, triples: list[tuple[str, str, str]]
 ) -> list[float | None]:
     """Grades by the base model, greedily."""
     params = SamplingParams(temperature=0, max_tokens=VERDICT_TOKENS)
