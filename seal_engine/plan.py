@@ -9,6 +9,7 @@ from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
 from seal_engine.model.config import ModelConfig
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
 from seal_kernels.cross_entropy import CHUNK_BYTES, CPU_CHUNK_BYTES
+from seal_kernels.packed import MIN_ELEMENTS
 
 RECOMPUTE = ("none", "mlp", "layer")
 HEADROOM = 0.9  # share of the memory that is planned with: allocators fragment
@@ -26,6 +27,7 @@ class Plan:
     gradient_bytes: int
     moment_bytes: int
     activation_bytes: int
+    packed_bytes: int  # of packed copies of the weights, which sampling uses on a CPU
     kv_bytes: int  # a block table's worth: what is left, for sampling
     matrix_seconds: float  # base products, 4 N FLOPs a token (6 N and more when recomputing)
     adapter_matrix_seconds: float  # low-rank products, 6 FLOPs a parameter and token
@@ -58,6 +60,16 @@ def activation_bytes(
     floats = 4 * (D + config.num_hidden_layers * config.num_attention_heads)  # unit gradients, log-sum-exps
     chunk = min(CPU_CHUNK_BYTES if cpu else CHUNK_BYTES, tokens * config.vocab_size * (4 + element_size))
     return tokens * (kept * element_size + floats) + max(tokens * working * element_size, chunk)
+
+
+def packed_weight_bytes(config: ModelConfig, dtype: torch.dtype, free_bytes: int) -> int:
+    """The packed copies that sampling makes on a CPU with so much memory beside the weights, as `from_pretrained` does
+    by default: of the large matrices, if they take at most a quarter of it."""
+    D, F = config.hidden_size, config.intermediate_size
+    layer = [D * (config.query_size + 2 * config.key_value_size), D * config.query_size, 2 * D * F, D * F]
+    matrices = [*layer * config.num_hidden_layers, D * config.vocab_size]
+    total = sum(size for size in matrices if size >= MIN_ELEMENTS) * dtype.itemsize
+    return total if dtype in (torch.bfloat16, torch.float32) and total <= free_bytes // 4 else 0
 
 
 def training_memory(
@@ -147,6 +159,8 @@ def make_plan(
         "adapter_bytes": in_step * P * 4 * (2 + 3 + 8) / bandwidth,
         "weight_bytes": 2 * weights / bandwidth,
     }
+    left = max(0, int(HEADROOM * memory_bytes) - weights - activations - resident * state)
+    packed = min(left, packed_weight_bytes(config, dtype, memory_bytes - weights)) if cpu else 0
     names = {
         "matrix": "matrix rate, base products",
         "adapter_matrix": "matrix rate, low-rank products",
@@ -162,7 +176,8 @@ def make_plan(
         gradient_bytes=resident * layout.size * 4,
         moment_bytes=resident * layout.size * 8,
         activation_bytes=activations,
-        kv_bytes=max(0, int(HEADROOM * memory_bytes) - weights - activations - resident * state),
+        packed_bytes=packed,
+        kv_bytes=left - packed,
         matrix_seconds=seconds["matrix"],
         adapter_matrix_seconds=seconds["adapter_matrix"],
         adapter_bytes_seconds=seconds["adapter_bytes"],

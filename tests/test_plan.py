@@ -11,7 +11,8 @@ import seal_engine.plan
 from seal_engine import InputError, LoraConfig
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.config import ModelConfig
-from seal_engine.plan import HEADROOM, RECOMPUTE, activation_bytes, make_plan
+from seal_engine.model.transformer import Model
+from seal_engine.plan import HEADROOM, RECOMPUTE, activation_bytes, make_plan, packed_weight_bytes
 from seal_kernels.cross_entropy import CPU_CHUNK_BYTES
 
 GIB = 2**30
@@ -230,3 +231,17 @@ def test_fields_out_of_range(fields, message):
     with pytest.raises(InputError) as caught:
         make_plan(QWEN_7B, **{"lora": SEAL, "memory_bytes": 139 * GIB, "sequence_tokens": 50, **fields})
     assert str(caught.value).startswith(message)
+
+
+def test_packed_copies_are_counted_as_the_model_counts_them():
+    """MEASURED's large matrices, from 2^18 elements on: gate_up 2 x 256 x 768 = 393_216 in each of 16 layers, and the
+    lm_head 8000 x 256 = 2_048_000: 4 (16 x 393_216 + 2_048_000) bytes in float32. qkv has 98_304, o 65_536, down
+    196_608 elements, and are not packed. They are made if they take at most a quarter of the memory beside the weights.
+    """
+    config, expected = ModelConfig.from_dict(MEASURED), 4 * (16 * 393_216 + 2_048_000)
+    assert Model(config, torch.float32, torch.device("cpu")).packed_bytes == expected
+    assert packed_weight_bytes(config, torch.float32, 4 * expected) == expected
+    assert packed_weight_bytes(config, torch.float32, 4 * expected - 1) == 0
+    assert packed_weight_bytes(config, torch.float64, GIB) == 0
+    plans = [make_plan(config, SEAL, GIB, sequence_tokens=50, adapters=1, cpu=cpu) for cpu in (True, False)]
+    assert [made.packed_bytes for made in plans] == [expected, 0]

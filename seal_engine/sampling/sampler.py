@@ -38,6 +38,7 @@ class _StepAdapters(NamedTuple):
     tokens: list[int]
     batch: LoraBatch | None
 
+
 LOGIT_ROWS = 256  # of a prompt that is scored: whose logits are held at once
 
 
