@@ -1,0 +1,51 @@
+"""Greedy sampling at equal batch sizes, beside Transformers' generate on the same checkpoint in the same run.
+
+Prompts of 32 random tokens and answers of 32, so that no side pads. Tokens are compared before anything is timed: in
+bfloat16, whose rounding turns near ties, only the first of each answer.
+"""
+
+import pytest
+import torch
+
+import measure
+from bench_sample import generate_padded
+from bench_train import load_base
+from seal_engine import Engine, SamplingParams
+from shapes import random_model
+
+TOKENS = 32
+SHAPE = "qwen2.5-7b" if measure.DEVICE.type == "cuda" else "97m"
+DTYPES = [torch.bfloat16] if measure.DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode(benchmark, record, tmp_path, dtype, rows):
+    saved = Engine(random_model(SHAPE, dtype, measure.DEVICE))
+    reference = load_base(saved, tmp_path / "base")
+    engine = Engine.from_pretrained(tmp_path / "base", measure.DEVICE, dtype)
+    vocab_size = engine.config.vocab_size
+    prompts = torch.randint(vocab_size, (rows, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+
+    def ours():
+        outs = engine.generate(prompts, params, progress=False)
+        return [out.outputs[0].token_ids for out in outs]
+
+    @torch.no_grad()
+    def theirs():
+        return generate_padded(reference, prompts, TOKENS, min_new_tokens=TOKENS)
+
+    compared = TOKENS if dtype == torch.float32 else 1
+    equal = sum(a[:compared] == b[:compared] for a, b in zip(ours(), theirs(), strict=True))
+    assert equal >= 0.9 * rows, f"{equal} of {rows} answers are the same: no figure for a wrong result"
+    times = measure.side_by_side(benchmark, [theirs, ours], rounds=3)
+    for who, seconds in zip(("transformers", "seal_engine"), times, strict=True):
+        record(
+            shape=SHAPE,
+            dtype=str(dtype).removeprefix("torch."),
+            who=who,
+            rows=rows,
+            tokens_per_s=rows * TOKENS / seconds,
+            times_faster=times[0] / seconds,
+        )
