@@ -394,7 +394,7 @@ def test_memory(benchmark, record, tmp_path):
                 for future in futures:
                     future.result()
 
-        work(2000 // SCALE, 100 // SCALE)
+        work(5000 // SCALE, 250 // SCALE)
         before = rss(pid)
         seconds = benchmark.pedantic(
             lambda: in_threads(1, lambda _: work(10_000 // SCALE, 500 // SCALE))[0], rounds=1, iterations=1

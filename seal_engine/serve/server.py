@@ -84,6 +84,7 @@ async def serve(
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=10,
+        timeout_keep_alive=75,  # seconds: longer than clients keep a connection, so that they close it
         server_header=False,
         lifespan="off",
     )

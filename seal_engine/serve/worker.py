@@ -7,6 +7,7 @@ step or one pass is never interrupted). A kind that was idle gets no credit for 
 most the pass that is running, and training never stops.
 """
 
+import ctypes
 import logging
 import threading
 from collections import Counter, deque
@@ -43,6 +44,7 @@ T = TypeVar("T")
 SAMPLING, TRAINING = "sampling", "training"
 KEPT_STEP_TIMES = 1024
 CPU_BLOCKS = 4096  # 65,536 tokens
+TRIM_TURNS = 1000  # between two times that free memory goes back to the system
 log = logging.getLogger("seal_engine")
 
 
@@ -51,6 +53,14 @@ def _cpu_blocks(engine: Engine) -> int:
     wanted = max(CPU_BLOCKS, 4 * engine.config.max_position_embeddings // 16)
     size = KVCache.block_bytes(engine.config, engine.model.compute_dtype)
     return max(1, min(wanted, free_memory(engine.model.device) // 2 // size))
+
+
+def _return_free_memory() -> None:
+    """Give the system back what the allocator keeps between live blocks (glibc; elsewhere nothing is done): steps of
+    changing shapes would otherwise let a process that serves for days grow by fragmentation."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Worker:
@@ -231,6 +241,8 @@ class Worker:
                 torch.cuda.synchronize(self.engine.model.device)  # or the next sampler step pays for this pass
         end = perf_counter()
         self.turns[kind] += 1
+        if self.turns.total() % TRIM_TURNS == 0:
+            _return_free_memory()
         self.seconds[kind] += end - start
         if kind == SAMPLING:
             self.step_times.append(end - (start if self._last_step_end is None else self._last_step_end))
