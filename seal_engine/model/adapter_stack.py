@@ -43,11 +43,11 @@ def top_block(stacked: Adapter, rank: int, config: LoraConfig) -> Adapter:
     return block
 
 
-def top_mask(stacked: Adapter, rank: int) -> Tensor:
-    """[layout.size] float32: 1 for the last `rank` rank rows of each projection, 0 elsewhere."""
+def top_mask(stacked: Adapter, rank: int, b_only: bool = False) -> Tensor:
+    """[layout.size] float32: 1 for the last `rank` rank rows of each projection (b_only: of B), 0 elsewhere."""
     mask = torch.zeros_like(stacked.params)
     for _, a, b in stacked.projections(mask):
-        a[-rank:] = 1.0
+        a[-rank:] = 0.0 if b_only else 1.0
         b[-rank:] = 1.0
     return mask
 

@@ -260,6 +260,8 @@ class Model:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The product with a group's matrix, with its adapters if it has any, in dtype or x's."""
+        if lora is not None and lora.observe is not None:
+            lora.observe(layer, group, x)
         if lora is None or (layer, group) not in lora.groups:
             return frozen_linear(x, weight, bias, self.batch_invariant, dtype)
         return lora_linear(x, weight, bias, lora.groups[layer, group], lora.anchor, self.batch_invariant, dtype)

@@ -52,9 +52,10 @@ class TrainJob:
     max_grad_norm: float | None = 1.0
     seed: int | None = 0  # shuffles each epoch, draws A and dropout; None keeps the order (and draws as 0 does)
     init_from: Adapter | None = None  # start from a copy of this adapter; its config replaces `lora`
-    # Train a new adapter on top of this one, which stays as it is. The result is one adapter that holds both; see
-    # `model.adapter_stack`.
+    # Train a new adapter, `lora` or a copy of init_from, on top of this one, which stays as it is. The result is one
+    # adapter that holds both; see `model.adapter_stack`.
     on_top_of: Adapter | None = None
+    freeze_a: bool = False  # train B alone, A stays as drawn or as in init_from (LoRA-FA, arXiv 2308.03303)
     append_eos: bool = False  # add the end token to every sequence, as a target
     checkpoint_dir: str | Path | None = None  # save here and, if a checkpoint of this same job is here, go on from it
     checkpoint_every: int = 100  # optimizer steps between checkpoints
@@ -70,10 +71,12 @@ class TrainJob:
         )
         seed = self.seed
         require(seed is None or (is_integer(seed) and 0 <= seed < 2**63), "seed", seed, "None or an integer >= 0")
+        require(isinstance(self.freeze_a, bool), "freeze_a", self.freeze_a, "True or False")
+        if self.on_top_of is not None or self.freeze_a:
+            decay = self.weight_decay
+            require(decay == 0, "weight_decay", decay, "0 beside on_top_of or freeze_a, for parts that stay")
         if self.on_top_of is not None:
-            require(self.init_from is None, "init_from", self.init_from, "None beside on_top_of")
-            decay, dropout = self.weight_decay, self.lora.lora_dropout
-            require(decay == 0, "weight_decay", decay, "0 beside on_top_of, which stays as it is")
+            dropout = self.lora.lora_dropout
             require(dropout == 0, "lora.lora_dropout", dropout, "0 beside on_top_of, from which nothing is dropped")
         place = self.checkpoint_dir
         require(place is None or isinstance(place, str | Path), "checkpoint_dir", place, "None or a path")

@@ -49,8 +49,9 @@ class JobState:
         self.targets = [target_mask(sequence) for sequence in sequences]
         self.soft = [soft_targets(sequence) for sequence in sequences]
         self.adapter = adapter
-        # Of a job on top of another adapter: 1 where the adapter is trained, 0 where it stays as it is.
-        self.trained = None if job.on_top_of is None else top_mask(adapter, job.lora.r)
+        # 1 where the adapter is trained, 0 where it stays as it is; None: all of it is trained.
+        whole = job.on_top_of is None and not job.freeze_a
+        self.trained = None if whole else top_mask(adapter, job.lora.r, job.freeze_a)
         self.token_budget = token_budget
         microbatches = ceil_div(len(sequences), job.batch_size)
         self.steps_per_epoch = ceil_div(microbatches, job.gradient_accumulation_steps)

@@ -279,7 +279,7 @@ class Trainer:
         else:
             adapter = Adapter.create(self.model.config, job.lora, self.model.device, job.seed or 0)
         if job.on_top_of is not None:
-            adapter = stack_adapters([(job.on_top_of, 1.0), (adapter, 1.0)])
+            adapter = stack_adapters([(job.on_top_of, 1.0), (adapter, 1.0)])  # its rank rows lie above the others
         if self._free_states and self._free_states[-1].shape[1] != adapter.layout.size:
             self._free_states.clear()  # of another size: given back, so that memory stays within its bound
         adapter.allocate_optimizer_state(self._free_states.pop() if self._free_states else None)

@@ -1,6 +1,7 @@
 """Soft targets through the verbs and the trainer, and training on top of an adapter that stays as it is."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,17 @@ def test_training_on_top_is_training_on_the_merged_base(checkpoint):
         assert torch.equal(b, b_all[:4])
 
 
+def test_a_frozen_a_keeps_its_bits(engine):
+    """B alone is trained, from a block that is handed in, on top of another adapter and without one."""
+    below, start = random_adapter(engine, 3), random_adapter(engine, 8)
+    job = TrainJob(oracle.sequences([9, 6]), init_from=start, freeze_a=True)
+    for result, rows in zip(engine.train([job, replace(job, on_top_of=below)], progress=False), (4, 8), strict=True):
+        for (_, a, b), (_, a_all, b_all) in zip(start.projections(), result.adapter.projections(), strict=True):
+            assert len(a_all) == rows
+            assert torch.equal(a, a_all[-4:])
+            assert not torch.equal(b, b_all[-4:])
+
+
 def test_a_stack_is_the_sum_of_its_parts(checkpoint):
     """Scores under a stack equal those of a base into which the parts were merged, each with its factor and scale."""
     engine = Engine.from_pretrained(checkpoint("llama"), device="cpu")
@@ -169,7 +181,8 @@ def test_bad_soft_targets(engine, label):
         ({"on_top_of": "adapter", "weight_decay": 0.1}, "weight_decay: found 0.1; accepted: 0 beside on_top_of"),
         ({"on_top_of": "adapter", "lora": LoraConfig(lora_dropout=0.1)}, "lora.lora_dropout: found 0.1"),
         ({"on_top_of": "adapter", "lora": LoraConfig(target_modules=("o_proj",))}, "config.target_modules: found"),
-        ({"on_top_of": "adapter", "init_from": "adapter"}, "init_from: found .* None beside on_top_of"),
+        ({"freeze_a": True, "weight_decay": 0.1}, "weight_decay: found 0.1; accepted: 0 beside on_top_of or freeze_a"),
+        ({"freeze_a": 1}, "freeze_a: found 1; accepted: True or False"),
     ],
 )
 def test_jobs_that_are_refused(engine, fields, message):
