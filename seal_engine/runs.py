@@ -22,7 +22,8 @@ from seal_engine.engine import Engine
 from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.continual import Continual, validate_continual
 from seal_engine.loop.continual_config import ContinualConfig
-from seal_engine.loop.continual_results import write_summaries
+from seal_engine.loop.continual_results import read_result, write_summaries
+from seal_engine.loop.continual_results import table as continual_table
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import EVALUATION, ROUND, Phase
 from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS, ReSTEM, validate_run
@@ -73,7 +74,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Loop:
-    """What is done with a task: its settings, a check of these, and the loop over (engine, domain, settings, ledger)."""
+    """What is done with a task: settings, their check, and the loop over (engine, domain, settings, ledger)."""
 
     config: type
     validate: Callable[[Any, Any], None]
@@ -252,6 +253,22 @@ class Row:
     def deviation(self) -> float | None:
         """Sample standard deviation over seeds; None for one."""
         return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+def is_continual(ledger: Ledger) -> bool:
+    """Whether the run is of the continual experiment."""
+    task = ledger.config.get("task")
+    return task in TASKS and TASKS[str(task)].loop is CONTINUAL
+
+
+def summary(ledger: Ledger) -> tuple[str, list[dict[str, Any]]]:
+    """What a run came to: a table as text, and its lines as JSON."""
+    if is_continual(ledger):
+        result = read_result(ledger)
+        lines = [{name: value for name, value in asdict(m).items() if name != "matrices"} for m in result.methods]
+        return continual_table(result), lines
+    found = rows(ledger)
+    return table(found), [{"method": r.name, "mean": r.mean, "sd": r.deviation, **asdict(r)} for r in found]
 
 
 def rows(ledger: Ledger) -> list[Row]:

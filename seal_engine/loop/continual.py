@@ -14,7 +14,7 @@ before it alone, so that a run which was killed ends with the same numbers.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from time import perf_counter
 from typing import Any
 
@@ -50,9 +50,8 @@ def validate_continual(domain: PassageDomain, config: ContinualConfig) -> None:
     count = len(domain.contexts("held out"))
     require(config.passages <= count, "passages", config.passages, f"at most {count}: there are no more held out")
     train = len(domain.contexts("train"))
-    require(
-        train > 0 or not config.probe_contexts + config.probe_writing, "probe_contexts", train, "0, as there are none"
-    )
+    probes = config.probe_contexts + config.probe_writing
+    require(train > 0 or not probes, "probe_contexts", config.probe_contexts, "0: there are no training passages")
 
 
 def draw_sequences(contexts: Sequence[str], count: int, length: int, seed: int) -> list[list[str]]:
@@ -113,7 +112,7 @@ class Continual:
         self._once(f"seed {seed}, {UNTRAINED}", lambda: self._ask_untrained(seed, sequences))
         methods: list[Method] = []
         for step in range(1, config.passages + 1):
-            self._once(f"seed {seed}, step {step}, writing", lambda: self._write(seed, step, sequences, methods))
+            self._once(f"seed {seed}, step {step}, writing", partial(self._write, seed, step, sequences, methods))
             if step == 1:
                 self._once(f"seed {seed}, {BASE_SAMPLES}", lambda: self._sample_base(seed))
                 shared = SharedTexts(self.engine, config, seed, self.base_samples(seed)[::2], self.domain.prompt)
@@ -148,7 +147,8 @@ class Continual:
         edits: list[SelfEdit] = []
         known: dict[tuple[int, int | None], SelfEdit] = {}  # (sequence, uid of the writer)
         for m, name in enumerate(self.config.methods):
-            writers = [methods[m].writer(s) if methods else None for s in range(len(sequences))]
+            changed = methods and self.config.edit_writer == "system"
+            writers = [methods[m].writer(s) if changed else None for s in range(len(sequences))]
             keys = [(s, None if writer is None else writer.uid) for s, writer in enumerate(writers)]
             due = {(sequences[s][step - 1], s): writers[s] for s, uid in keys if (s, uid) not in known}
             for edit in self.sample(seed, f"step {step}", due):
@@ -231,9 +231,8 @@ class Continual:
             methods[m].adopt(s, lessons[m, s], block)
         kept = perf_counter()
         trials = []
-        asked = [
-            (m, s, sequences[s][j]) for m in range(len(methods)) for s in range(len(sequences)) for j in range(step)
-        ]
+        keys = [(m, s) for m in range(len(methods)) for s in range(len(sequences))]
+        asked = [(m, s, context) for m, s in keys for context in sequences[s][:step]]
         answered = self.inner_loop.answer([self.question(methods[m], s, c, c) for m, s, c in asked])
         for (m, s, context), (answers, grades) in zip(asked, answered, strict=True):
             new = context == sequences[s][step - 1]

@@ -8,9 +8,12 @@ from seal_engine.types import is_integer, is_number, require, require_integers, 
 
 # Each method is described where it is built, in continual_methods.py.
 METHODS = (
-    "merge", "replay", "replay-one", "distil", "gate", "replay+gate", "null-space", "consolidate", "bank", "oracle", "joint",
-    "slow", "all-linear",
+    "merge", "replay", "replay-one", "distil", "gate", "replay+gate", "null-space", "consolidate", "bank", "oracle",
+    "joint", "slow", "all-linear",
 )  # fmt: skip
+
+
+WRITERS = ("system", "policy")
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,17 @@ class ContinualConfig:
     )
     sequences: int = setting(64, "sequences of passages, all of which run side by side")
     passages: int = setting(8, "passages in a sequence, learned one after another")
+    edit_writer: str = setting(
+        "system",
+        "what writes self-edits: the current system (as published), or the policy, which no edit touches",
+        WRITERS,
+    )
     policies: tuple[str, ...] = setting((), "directories of adapters that are merged into the base first, in order")
     temperature: float = setting(1.0, "sampling temperature of self-edits")
     top_p: float = setting(0.95, "nucleus sampling probability of self-edits")
     max_tokens: int = setting(1024, "tokens of a self-edit at most")
     resamples: int = setting(3, "times that an invalid self-edit is sampled again")
-    base_samples: int = setting(512, "texts that the untrained model writes; half train, half measure divergence")
+    base_samples: int = setting(2048, "texts that the untrained model writes; half train, half measure divergence")
     base_sample_tokens: int = setting(48, "tokens of such a text at most")
     replay_ratio: float = setting(1.0, "training sequences of earlier self-edits per sequence of the new one")
     replay_buffer: int = setting(0, "earlier self-edits that are kept for replay (0: all)")
@@ -37,9 +45,10 @@ class ContinualConfig:
     null_space_energy: float = setting(0.99, "share of the base's input energy that updates must not touch")
     null_space_rank: int = setting(64, "LoRA rank r of an update in the null space; lora_alpha is the same")
     null_space_targets: tuple[str, ...] = setting(("down_proj",), "projections that such an update adapts")
-    null_space_learning_rate: float = setting(3e-2, "learning rate of such an update")
-    null_space_epochs: float = setting(1.0, "epochs of such an update, as a multiple of the task's")
+    null_space_learning_rate: float = setting(2e-2, "learning rate of such an update")
+    null_space_epochs: float = setting(1.25, "epochs of such an update, as a multiple of the task's")
     null_space_edits: float = setting(0.05, "weight of earlier self-edits' inputs beside the base's")
+    consolidate_replay: float = setting(0.6, "replay_ratio of 'consolidate'")
     consolidate_rehearsal: float = setting(0.6, "base samples per sequence of the new self-edit, in 'consolidate'")
     retriever: str = setting("bm25", "what routes a question to an edit of the bank", RETRIEVERS)
     probe_contexts: int = setting(6, "contexts per sequence for the probes of reading and of what the model knew")
@@ -56,7 +65,7 @@ class ContinualConfig:
             self, sequences=1, passages=1, max_tokens=1, resamples=0, base_samples=2, base_sample_tokens=2,
             replay_buffer=0, distil_top_k=1, null_space_rank=1, probe_contexts=0, probe_writing=0,
         )  # fmt: skip
-        for name in ("replay_ratio", "consolidate_rehearsal", "gate_budget", "null_space_edits"):
+        for name in ("replay_ratio", "consolidate_replay", "consolidate_rehearsal", "gate_budget", "null_space_edits"):
             value = getattr(self, name)
             require(is_number(value) and value >= 0, name, value, "a number >= 0")
         for name in ("null_space_learning_rate", "null_space_epochs"):
@@ -65,6 +74,7 @@ class ContinualConfig:
         for name in ("null_space_energy", "max_ungraded"):
             value = getattr(self, name)
             require(is_number(value) and 0 <= value <= 1, name, value, "0 to 1")
+        require(self.edit_writer in WRITERS, "edit_writer", self.edit_writer, f"one of {list(WRITERS)}")
         require(self.retriever in RETRIEVERS, "retriever", self.retriever, f"one of {list(RETRIEVERS)}")
         _ = self.sampling_params
 

@@ -19,7 +19,7 @@ from seal_engine.training.jobs import TrainSequence
 from seal_engine.types import PackedBatch
 
 TEACHER_SEQUENCES = 32  # whose logits are held at once
-BACKGROUND = 64  # texts of the base that a router knows: half make words rare, half choose the threshold
+BACKGROUND = 1024  # texts of the base that a router knows: half make words rare, half choose the threshold
 
 
 class SharedTexts:

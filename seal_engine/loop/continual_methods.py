@@ -13,8 +13,8 @@
     slow          merge at a tenth of the learning rate, with four times the epochs
     all-linear    merge on all seven projections
 
-What is merged is kept beside the base, as one adapter that grows (model/adapter_stack.py), so the sequences of all
-methods train in the same passes. The sum is exact in real numbers, and never rounded to the base's dtype.
+What is merged is kept beside the base, as one adapter that grows up to full rank (model/adapter_stack.py), so the
+sequences of all methods train in the same passes. The sum is of float32 factors, never rounded to the base's dtype.
 """
 
 import random
@@ -25,7 +25,7 @@ from seal_engine.loop.continual_data import SharedTexts
 from seal_engine.loop.inner import derive_seed
 from seal_engine.loop.null_space import Covariances, input_covariances, null_space_adapter
 from seal_engine.loop.retrieval import Document
-from seal_engine.model.adapter_stack import stack_adapters, top_block
+from seal_engine.model.adapter_stack import compact, stack_adapters, top_block
 from seal_engine.model.adapters import Adapter
 from seal_engine.training.jobs import TrainJob, TrainResult
 from seal_engine.types import LoraConfig
@@ -96,7 +96,7 @@ class Method:
         """Keep a block."""
         self.lessons[sequence].append(lesson)
         self.blocks[sequence].append(block)
-        self.current[sequence] = stack_adapters([(b.adapter, b.factor) for b in self.blocks[sequence]])
+        self.current[sequence] = compact(stack_adapters([(b.adapter, b.factor) for b in self.blocks[sequence]]))
 
     def route(self, sequence: int, context: str, texts: Sequence[str]) -> list[Adapter | None]:
         """The adapter that answers each question. context: what they are about, which only the oracle may use."""
@@ -260,15 +260,16 @@ def distilled(method: Method, sequence: int, lesson: Lesson) -> TrainJob:
 
 def replayed(method: Method, sequence: int, lesson: Lesson) -> TrainJob:
     """Earlier self-edits among the new one's training sequences."""
-    return _mixed(method, sequence, lesson, 0.0)
+    return _mixed(method, sequence, lesson, method.shared.config.replay_ratio, 0.0)
 
 
 def rehearsed(method: Method, sequence: int, lesson: Lesson) -> TrainJob:
     """Earlier self-edits and the base's own texts, with its predictions as soft targets, among the new sequences."""
-    return _mixed(method, sequence, lesson, method.shared.config.consolidate_rehearsal)
+    config = method.shared.config
+    return _mixed(method, sequence, lesson, config.consolidate_replay, config.consolidate_rehearsal)
 
 
-def _mixed(method: Method, sequence: int, lesson: Lesson, rehearsal: float) -> TrainJob:
+def _mixed(method: Method, sequence: int, lesson: Lesson, replay: float, rehearsal: float) -> TrainJob:
     """The lesson's job with other sequences among its own, drawn anew for each epoch; as many optimizer steps."""
     config, job, new = method.shared.config, lesson.job, list(lesson.job.sequences)
     earlier = method.lessons[sequence]
@@ -281,7 +282,7 @@ def _mixed(method: Method, sequence: int, lesson: Lesson, rehearsal: float) -> T
         return job
     sequences, size = [], 0
     for _ in range(job.num_epochs):
-        mixed = [*new, *_draw(draw, old, round(config.replay_ratio * len(new)))]
+        mixed = [*new, *_draw(draw, old, round(replay * len(new)))]
         mixed += _draw(draw, base, round(rehearsal * len(new)))
         draw.shuffle(mixed)
         sequences, size = [*sequences, *mixed], len(mixed)

@@ -79,10 +79,7 @@ def read_result(ledger: Ledger) -> ContinualResult:
     for name, own in found.items():
         numbers = _metrics_of(metrics, name)
         sizes = numbers.get("bytes", [])
-        rival = {
-            other: paired_interval(lasts[name], lasts[other]) if other in lasts else None
-            for other in ("merge", "joint")
-        }
+        over = {other: paired_interval(lasts[name], lasts[other]) for other in ("merge", "joint") if other in lasts}
         methods.append(
             MethodResult(
                 name=name,
@@ -91,8 +88,8 @@ def read_result(ledger: Ledger) -> ContinualResult:
                 kept=mean(lasts[name]),
                 transfer=mean([backward_transfer(m) for m in own]),
                 ages=[mean(values) for values in zip(*map(gain_by_age, own), strict=True)],
-                over_merge=rival["merge"],
-                over_joint=rival["joint"],
+                over_merge=over.get("merge"),
+                over_joint=over.get("joint"),
                 probes=probed(name),
                 kl=mean(numbers.get("kl", [])),
                 routing={k: mean(v) or 0.0 for k, v in numbers.items() if k.startswith("routed")},
@@ -104,7 +101,7 @@ def read_result(ledger: Ledger) -> ContinualResult:
     row = mean([mean(m[0]) for m in next(iter(found.values()), [])])
     steps = [entry for entry in metrics if "adapters" in entry]
     names = [name for name in (steps[0] if steps else {}) if name.endswith("_seconds")]
-    seconds = {name.removesuffix("_seconds"): sum(entry[name] for entry in steps) for name in names}
+    seconds: dict[str, float] = {name.removesuffix("_seconds"): sum(entry[name] for entry in steps) for name in names}
     seconds["everything"] = sum(taken for _, _, taken in ledger.steps())
     trained = sum(entry["adapters"] for entry in steps)
     untrained = {"accuracy": row, **probed(UNTRAINED)}
@@ -135,23 +132,23 @@ def _metrics_of(metrics: Sequence[dict[str, Any]], method: str) -> dict[str, lis
 
 def table(result: ContinualResult) -> str:
     """The measures as text: accuracies in percent."""
-    heads = ("method", "learned", "kept", "transfer", "over merge (95%)", "reading", "knew", "writing", "KL", "tokens")
+    heads = ["method", "learned", "kept", "transfer", "over merge (95%)", "reading", "knew", "writing", "KL", "tokens"]
     merge = next((m.tokens for m in result.methods if m.name == "merge"), 0)
     lines = [heads]
     base = result.untrained
     rest = [_percent(base[p]) for p in PROBES]
-    lines.append((UNTRAINED, "", _percent(base["accuracy"]), "", "", *rest, "0", ""))
+    lines.append([UNTRAINED, "", _percent(base["accuracy"]), "", "", *rest, "0", ""])
     for m in result.methods:
         cost = f"{m.tokens / merge:.2f}x" if merge else f"{m.tokens:,}"
         probes = [_percent(m.probes[p]) for p in PROBES]
         kl = "" if m.kl is None else f"{m.kl:.3f}"
         scores = _percent(m.learned), _percent(m.kept), _percent(m.transfer), interval(m.over_merge)
-        lines.append((m.name, *scores, *probes, kl, cost))
+        lines.append([m.name, *scores, *probes, kl, cost])
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    rows = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
+    rows = []
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        rows.append("  ".join([name.ljust(widths[0]), *aligned]))
     for m in result.methods:
         rows += [f"{m.name}: {kind}: {_percent(share)}" for kind, share in m.routing.items()]
     return "\n".join(row.rstrip() for row in rows)

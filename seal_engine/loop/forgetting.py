@@ -1,6 +1,6 @@
 """Measures of forgetting, from matrices of accuracies.
 
-A sequence's matrix has K + 1 rows and K columns: row t is measured after t edits, column j is the passage of edit j + 1.
+A sequence's matrix has K + 1 rows and K columns: row t is measured after t edits, column j is the passage of edit j+1.
 Row 0 is the untrained model, on all passages; later rows have the passages learned so far, None where there is nothing.
 """
 
@@ -25,7 +25,8 @@ def last_row(matrix: Matrix) -> float | None:
 def backward_transfer(matrix: Matrix) -> float | None:
     """Mean change of a passage's accuracy from just after its own edit to the end, but for the last passage.
 
-    Lopez-Paz and Ranzato's BWT (arXiv 1706.08840): negative where later edits destroy earlier ones. None for one passage.
+    Lopez-Paz and Ranzato's BWT (arXiv 1706.08840): negative where later edits destroy earlier ones. None for a single
+    passage.
     """
     columns = range(len(matrix) - 2)
     return mean([difference(matrix[-1][j], matrix[j + 1][j]) for j in columns])
@@ -63,8 +64,8 @@ def deviation_matrix(matrices: Sequence[Matrix]) -> Matrix:
     spread: Matrix = [[None] * len(row) for row in means]
     for t, row in enumerate(means):
         for j, centre in enumerate(row):
-            squares = [None if m[t][j] is None or centre is None else (m[t][j] - centre) ** 2 for m in matrices]
-            square = mean(squares)
+            distances = [difference(m[t][j], centre) for m in matrices]
+            square = mean([None if distance is None else distance**2 for distance in distances])
             spread[t][j] = None if square is None else square**0.5
     return spread
 

@@ -39,7 +39,7 @@ def input_covariances(engine: Engine, sequences: Sequence[Sequence[int]]) -> Cov
 
 
 def least_used(covariance: Tensor, energy: float) -> Tensor:
-    """[I, n] orthonormal: the eigenvectors that are left when the largest ones hold `energy` of the trace; at least 1."""
+    """[I, n] orthonormal: the eigenvectors that are left when the largest hold `energy` of the trace; at least one."""
     values, vectors = torch.linalg.eigh(covariance.double())
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     shares = values.cumsum(0) / values.sum()
@@ -61,7 +61,8 @@ def null_space_adapter(
     for name, a, _ in adapter.projections():
         key = places[name]
         if key not in spaces:
-            spaces[key] = least_used(sum(weight * of[key] for of, weight in covariances).cpu(), energy)
+            total = torch.stack([weight * of[key] for of, weight in covariances]).sum(0)
+            spaces[key] = least_used(total.cpu(), energy)
         drawn = torch.randn(len(a), spaces[key].shape[1], generator=generator) @ spaces[key].T
         a.copy_(drawn / drawn.norm(dim=1, keepdim=True) * 3**-0.5)
     return adapter

@@ -2,10 +2,11 @@
 
 BM25 (Robertson and Zaragoza, 2009): score(q, d) = sum over words w of q of
 idf(w) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|)), f being how often w is in d. With a handful of edits, how rare
-a word is follows from texts of no edit as well. Cosine: of mean hidden states, less their mean over texts of no edit.
+a word is follows from texts of no edit as well, and a word of the title counts TITLE_WEIGHT idf(w) on top: a question
+names what it is about. Cosine: of mean hidden states, less their mean over texts of no edit.
 
-Below a threshold a question belongs to no edit. The threshold is chosen from what is known: pieces of the edits, each
-scored against its edit without that piece, should lie above it, and texts of no edit below.
+Below a threshold a question belongs to no edit. The threshold is chosen from what is known: the titles of the edits,
+and their pieces, each scored against its edit without that piece, should lie above it, and texts of no edit below.
 """
 
 import math
@@ -13,12 +14,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 RETRIEVERS = ("bm25", "cosine")
 K1, B = 1.5, 0.75  # BM25's usual constants
+TITLE_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,28 +37,37 @@ class Document:
         return Document(self.title, self.pieces[:i] + self.pieces[i + 1 :])
 
 
-def words(text: str) -> list[str]:
+@lru_cache(maxsize=65536)
+def words(text: str) -> tuple[str, ...]:
     """Lower-case words and numbers."""
-    return re.findall(r"\w+", text.lower())
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+@lru_cache(maxsize=4096)
+def bag_of_words(document: Document) -> Counter[str]:
+    """How often each word is in the title and the self-edit."""
+    return Counter(words(" ".join((document.title, *document.pieces))))
 
 
 class BM25:
     """Scores of a query for documents; texts of no edit count for how rare a word is."""
 
     def __init__(self, background: Sequence[str]):
-        self.background = [set(words(text)) for text in background]
+        self.background = len(background)
+        self.holders = Counter(word for text in background for word in set(words(text)))  # texts that have the word
 
     def scores(self, query: str, documents: Sequence[Document]) -> list[float]:
         """A score for each document."""
-        bags = [Counter(words(" ".join((d.title, *d.pieces)))) for d in documents]
+        bags = [bag_of_words(document) for document in documents]
         mean_length = sum(map(Counter.total, bags)) / max(1, len(bags)) or 1.0
-        count, scores = len(bags) + len(self.background), [0.0] * len(bags)
+        count, scores = len(bags) + self.background, [0.0] * len(bags)
         for word in words(query):
-            holders = sum(word in bag for bag in bags) + sum(word in text for text in self.background)
+            holders = sum(word in bag for bag in bags) + self.holders[word]
             idf = math.log(1 + (count - holders + 0.5) / (holders + 0.5))
             for i, bag in enumerate(bags):
                 norm = K1 * (1 - B + B * bag.total() / mean_length)
-                scores[i] += idf * bag[word] * (K1 + 1) / (bag[word] + norm)
+                in_title = word in words(documents[i].title)
+                scores[i] += idf * (bag[word] * (K1 + 1) / (bag[word] + norm) + TITLE_WEIGHT * in_title)
         return scores
 
 
@@ -69,9 +82,8 @@ class Cosine:
     def _vectors(self, texts: Sequence[str]) -> Tensor:
         unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
         if unknown:
-            self._known |= zip(
-                unknown, torch.nn.functional.normalize(self.embed(unknown) - self.mean, dim=1), strict=True
-            )
+            vectors = torch.nn.functional.normalize(self.embed(unknown) - self.mean, dim=1)
+            self._known |= zip(unknown, vectors, strict=True)
         return torch.stack([self._known[text] for text in texts])
 
     def scores(self, query: str, documents: Sequence[Document]) -> list[float]:
@@ -110,6 +122,7 @@ class Router:
     def _calibrate(self) -> None:
         above, documents = [], self.documents
         for i, document in enumerate(documents):
+            above.append(self.retriever.scores(document.title, documents)[i])
             for j, piece in enumerate(document.pieces):
                 others = [*documents[:i], document.without(j), *documents[i + 1 :]]
                 above.append(self.retriever.scores(piece, others)[i])
@@ -133,5 +146,5 @@ def choose_threshold(above: Sequence[float], below: Sequence[float]) -> float:
         refused = sum(score < middle for score in below) / len(below)
         return round(kept + refused, 9), pair[1] - pair[0]
 
-    low, high = max(zip(edges, edges[1:], strict=False), key=quality)
+    low, high = max(pairwise(edges), key=quality)
     return (low + high) / 2

@@ -34,6 +34,29 @@ def stack_adapters(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
     return stacked
 
 
+def compact(adapter: Adapter) -> Adapter:
+    """The same update in as few rank rows as hold any update: those of the smaller side of the largest projection.
+
+    One factor becomes the identity, the other the update itself, so nothing is lost but float32 rounding. An adapter
+    that has no more rows than that is returned as it is.
+    """
+    rank = max(min(a.shape[1], b.shape[1]) for _, a, b in adapter.projections())
+    if adapter.config.r <= rank:
+        return adapter
+    scale = _scale(adapter.config)
+    config = replace(adapter.config, r=rank, lora_alpha=scale * rank, use_rslora=False)
+    smaller = Adapter(adapter.model_config, config, adapter.params.device)
+    for (_, a, b), (_, a_all, b_all) in zip(smaller.projections(), adapter.projections(), strict=True):
+        inputs, outputs = a.shape[1], b.shape[1]
+        if outputs <= inputs:
+            b[:outputs].fill_diagonal_(1.0)
+            a[:outputs] = b_all.T @ a_all
+        else:
+            a[:inputs].fill_diagonal_(1.0)
+            b[:inputs] = a_all.T @ b_all
+    return smaller
+
+
 def top_block(stacked: Adapter, rank: int, config: LoraConfig) -> Adapter:
     """The last `rank` rank rows of a stacked adapter as an adapter of their own, of this config."""
     block = Adapter(stacked.model_config, config, stacked.params.device)

@@ -10,7 +10,7 @@ from peft import PeftModel
 import oracle
 from compare import relative_error
 from seal_engine import Datum, Engine, InputError, LoraConfig, TrainJob, TrainSequence
-from seal_engine.model.adapter_stack import stack_adapters, top_block
+from seal_engine.model.adapter_stack import compact, stack_adapters, top_block
 
 LORA = LoraConfig(r=4, lora_alpha=6, target_modules=("q_proj", "v_proj", "down_proj"))
 V = 1009
@@ -146,6 +146,19 @@ def test_a_stack_is_the_sum_of_its_parts(checkpoint):
         engine.merge(adapter)
     for found, truth in zip(stacked, engine.score(sequences), strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compact_stack_is_the_same_update(engine):
+    """Full rank holds any update: 40 rows on projections of 32 inputs or outputs become 32, scores stay."""
+    lora = LoraConfig(r=40, lora_alpha=10, target_modules=("q_proj", "v_proj", "gate_proj", "down_proj"))
+    wide = random_adapter(engine, 9, replace(lora, r=400))
+    full = compact(wide)
+    assert full.config.r == max(min(a.shape[1], b.shape[1]) for _, a, b in wide.projections()) < 400
+    small = random_adapter(engine, 9)
+    assert compact(small) is small
+    sequences = oracle.sequences([9, 30], seed=7)
+    for found, truth in zip(engine.score(sequences, full), engine.score(sequences, wide), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4)
 
 
 IDS = [1, 2, 3]
