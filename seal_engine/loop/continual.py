@@ -226,7 +226,8 @@ class Continual:
             if block is not None:
                 blocks[m, s] = block
         if lessons and not blocks:
-            raise RunError(f"step {step}: no adapter could be trained; the first: {next(iter(results.values())).error}")
+            errors = [result.error for result in results.values() if result is not None]
+            raise RunError(f"step {step}: none of {len(errors)} adapters could be trained; the first: {errors[0]}")
         for (m, s), block in blocks.items():
             methods[m].adopt(s, lessons[m, s], block)
         kept = perf_counter()

@@ -68,9 +68,8 @@ def _ages(methods: Sequence[MethodResult]) -> Figure:
     axes = figure.add_subplot()
     for i, method in enumerate(methods):
         gains = [np.nan if gain is None else gain for gain in method.ages]
-        style = "-" if i < len(COLOURS) else "--"
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": style}
-        axes.plot(range(len(gains)), gains, label=method.name, markersize=5, **look)
+        (line,) = axes.plot(range(len(gains)), gains, "-" if i < len(COLOURS) else "--", label=method.name)
+        line.set(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="edits since", ylabel="gain over the untrained model")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
