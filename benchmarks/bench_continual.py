@@ -27,12 +27,8 @@ CASES = {
         "methods": ("merge", "null-space", "consolidate", "bank", "oracle"),
     },
 }  # fmt: skip
-TIMED = {
-    "edit_writer": "policy",
-    "passages": 4,
-    "methods": ("merge", "replay", "null-space", "bank"),
-    "probe_writing": 0,
-}
+TIMED_METHODS = ("merge", "replay", "null-space", "bank")
+TIMED = {"edit_writer": "policy", "passages": 4, "methods": TIMED_METHODS, "probe_writing": 0}
 SEQUENCES = 8  # timed side by side
 
 
