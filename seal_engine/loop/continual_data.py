@@ -16,7 +16,7 @@ from seal_engine.loop.null_space import Covariances, input_covariances
 from seal_engine.loop.retrieval import BM25, Cosine, Router
 from seal_engine.model.adapters import Adapter
 from seal_engine.training.jobs import TrainSequence
-from seal_engine.types import PackedBatch
+from seal_engine.types import LoraConfig, PackedBatch
 
 TEACHER_SEQUENCES = 32  # whose logits are held at once
 BACKGROUND = 1024  # texts of the base that a router knows: half make words rare, half choose the threshold
@@ -53,7 +53,14 @@ class SharedTexts:
     @cached_property
     def covariances(self) -> Covariances:
         """Of the inputs of the model's projections, over the base's texts."""
-        return input_covariances(self.engine, self.samples)
+        return input_covariances(self.engine, self.samples, self.null_space_lora)
+
+    @property
+    def null_space_lora(self) -> LoraConfig:
+        """The shape of an update in the null space."""
+        return LoraConfig(
+            self.config.null_space_rank, self.config.null_space_rank, target_modules=self.config.null_space_targets
+        )
 
     def distil(self, context: str, sequences: Sequence) -> list[TrainSequence]:
         """A self-edit's sequences, with what the base predicts for them after the context's prompt as soft targets."""

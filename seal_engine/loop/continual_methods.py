@@ -183,14 +183,13 @@ class NullSpace(Replay):
         return replace(super().job(sequence, longer), init_from=start, freeze_a=True)
 
     def lora(self, lesson: Lesson) -> LoraConfig:
-        rank, targets = self.shared.config.null_space_rank, self.shared.config.null_space_targets
-        return LoraConfig(rank, rank, target_modules=targets)
+        return self.shared.null_space_lora
 
     def adopt(self, sequence: int, lesson: Lesson, block: Block) -> None:
         super().adopt(sequence, lesson, block)
         if self.shared.config.null_space_edits:
             ids = self.shared.token_ids(lesson.job.sequences)
-            self._of_edits[sequence].append(input_covariances(self.shared.engine, ids))
+            self._of_edits[sequence].append(input_covariances(self.shared.engine, ids, self.shared.null_space_lora))
 
 
 class Bank(Method):

@@ -8,11 +8,12 @@ language models that of AlphaEdit (arXiv 2410.02355).
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seal_engine.engine import Engine
-from seal_engine.model.adapter_layout import GROUPS, ProjectionGroup, module_name
+from seal_engine.model.adapter_layout import GROUPS, ProjectionGroup, adapter_layout, module_name
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import LoraConfig, PackedBatch, chunks
@@ -22,11 +23,17 @@ PASS_TOKENS = 4096
 
 
 @torch.no_grad()
-def input_covariances(engine: Engine, sequences: Sequence[Sequence[int]]) -> Covariances:
-    """The mean outer product of every group's inputs with themselves, over all tokens of the sequences."""
+def input_covariances(engine: Engine, sequences: Sequence[Sequence[int]], lora: LoraConfig) -> Covariances:
+    """The mean outer product with themselves of the inputs of every group that `lora` adapts, over all tokens.
+
+    A group of I inputs takes 4 I^2 bytes: with the wide inputs of a large model's down_proj, adapt some layers only.
+    """
+    adapted = {(int(i), int(g)) for i, g in np.argwhere(adapter_layout(engine.config, lora).ranks.any(2))}
     sums: Covariances = {}
 
     def observe(layer: int, group: ProjectionGroup, x: Tensor) -> None:
+        if (layer, group) not in adapted:
+            return
         x = x.float()
         sums[layer, group] = sums.get((layer, group), torch.zeros((), device=x.device)) + x.T @ x
 

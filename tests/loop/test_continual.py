@@ -176,6 +176,7 @@ def whole(tmp_path_factory):
     return SimpleNamespace(directory=directory, seconds=time.monotonic() - begun)
 
 
+@pytest.mark.xdist_group("continual run")
 def test_a_run_and_its_files(whole):
     """Every method is measured in every cell below the diagonal; SEAL's summary says the same."""
     with Ledger.read(whole.directory) as ledger:
@@ -206,6 +207,7 @@ def test_a_run_and_its_files(whole):
     assert len({e["text"] for e in edits}) == 2, "equal systems write equal self-edits"
 
 
+@pytest.mark.xdist_group("continual run")
 def test_a_run_that_stops_before_every_step_ends_with_the_same_bits(whole, tmp_path, monkeypatch):
     """Each step is computed, lost before it is recorded, and computed again by a new process's objects."""
     finish, lost = Ledger.finish, set()
@@ -229,6 +231,7 @@ def test_a_run_that_stops_before_every_step_ends_with_the_same_bits(whole, tmp_p
         assert (tmp_path / "run" / name).read_bytes() == (whole.directory / name).read_bytes()
 
 
+@pytest.mark.xdist_group("continual run")
 def test_a_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
     """kill -9 twice at moments drawn at random, then to the end."""
     draw = random.Random(2)
