@@ -23,7 +23,7 @@ from seal_engine.loop.adapter_store import AdapterStore
 from seal_engine.loop.continual_config import ContinualConfig
 from seal_engine.loop.continual_data import SharedTexts
 from seal_engine.loop.continual_methods import Block, Lesson, Method, make_method
-from seal_engine.loop.continual_probes import probe_methods
+from seal_engine.loop.continual_probes import UNTRAINED, probe_methods
 from seal_engine.loop.domain import PassageDomain, RunError, UngradedError
 from seal_engine.loop.forgetting import Matrix, last_row
 from seal_engine.loop.inner import InnerLoop, derive_seed
@@ -34,7 +34,6 @@ from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import TrainResult
 from seal_engine.types import require
 
-UNTRAINED = "untrained"  # the phase of row 0
 BASE_SAMPLES = "base samples"
 PREFIX_TOKENS = 2  # of a self-edit's lines, at most: what the base continues for a sample
 Key = tuple[int, int]  # (number of the method, number of the sequence)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from seal_engine.loop.continual import Continual
 
 KL_TEXTS = 32
-UNTRAINED = "untrained"  # also a system that is probed
+UNTRAINED = "untrained"  # the phase of row 0 of the matrices, and a system that is probed
 NO_EDIT = "no edit"  # what a question of no passage is about
 
 

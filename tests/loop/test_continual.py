@@ -19,6 +19,7 @@ from seal_engine.loop.continual_methods import SCALES, Lesson, choose_scale, mak
 from seal_engine.loop.continual_results import read_result
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.retrieval import BM25, Router
+from seal_engine.tiny import MODEL
 from seal_engine.types import InputError
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=("q_proj", "v_proj"))
@@ -268,3 +269,36 @@ def test_more_passages_than_there_are_are_refused(tmp_path, capsys):
     assert main(["run", "continual-miniature", *options]) == 2
     assert "passages: found 9; accepted: at most 8" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_passages_from_a_file(tmp_path):
+    """`run continual` on data in SEAL's format, with passages of its own for the probe; sequences share passages."""
+    people = [
+        ("Ann Lee", "Oslo"),
+        ("Ben Kirk", "Rome"),
+        ("Sue Hill", "Lima"),
+        ("Tom West", "Paris"),
+        ("Kim Dale", "Kyoto"),
+    ]
+    passages = [
+        {
+            "title": name,
+            "context": f"In {town} stands the small house. Such is the life of {name}.",
+            "questions": [{"question": f"Where does {name} live?", "answer": town}],
+        }
+        for name, town in people
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(passages[:4]))
+    (tmp_path / "probe.json").write_text(json.dumps(passages[4:]))
+    options = {
+        "model": MODEL, "data": tmp_path / "data.json", "probe-data": tmp_path / "probe.json", "held-out-contexts": 3,
+        "methods": "merge,bank", "sequences": 2, "passages": 2, "max-tokens": 20, "epochs": 1, "base-samples": 4,
+        "answer-tokens": 4, "out": tmp_path / "run",
+    }  # fmt: skip
+    assert main(["run", "continual", "--quiet", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    with Ledger.read(tmp_path / "run") as ledger:
+        result = read_result(ledger)
+    assert [m.name for m in result.methods] == ["merge", "bank"]
+    assert result.untrained["knowledge"] is not None
+    assert result.methods[0].kept is not None
+    assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
