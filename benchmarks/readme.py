@@ -303,7 +303,12 @@ def forgetting_long() -> str:
             f"{row['adapters_at_once']} adapters trained at once, took {row['seconds']:.0f} s in one process, and "
             f"{row['seconds_one_at_a_time']:.0f} s one sequence after another: {row['times_faster']:.1f} times as fast."
         )
-    return table(heads, lines) + text
+    bank = pick(long, method="bank")
+    routed = prose(
+        f"With 32 edits {percent(bank['routed'])}% of the bank's questions reach their edit, and "
+        f"{percent(bank['routed to none'])}% of those of no edit reach none."
+    )
+    return table(heads, lines) + routed + text
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
