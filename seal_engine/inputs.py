@@ -5,13 +5,15 @@ from operator import index
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from seal_engine.files import show
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.tokenizer import Tokenizer
 from seal_engine.training.jobs import TrainJob, TrainSequence
-from seal_engine.types import InputError
+from seal_engine.types import InputError, require
+from seal_kernels.cross_entropy import MAX_IDS
 
 
 class Inputs:
@@ -62,6 +64,7 @@ class Inputs:
 
     def _train_sequence(self, sequence: Any, name: str, append_eos: bool) -> TrainSequence:
         mask: list[int] | None = None
+        soft: tuple[Tensor, Tensor] | None = None
         if isinstance(sequence, TrainSequence):
             ids = integers(sequence.token_ids, f"{name}.token_ids")
             if sequence.loss_mask is not None:
@@ -74,6 +77,10 @@ class Inputs:
                 if any(m not in (0, 1) for m in given):
                     raise InputError(f"{name}.loss_mask: found {show(given)}; accepted: 0 or 1 for each token")
                 mask = [int(m) for m in given]
+            if sequence.target_ids is not None or sequence.target_weights is not None:
+                fields = (f"{name}.target_ids", f"{name}.target_weights")
+                values = sequence.target_ids, sequence.target_weights
+                soft = check_soft_targets(*values, (len(ids),), self.config.vocab_size, fields)
         elif isinstance(sequence, str):
             ids = self._encode(sequence, name)
         elif isinstance(sequence, Sequence) and sequence and all(isinstance(m, Mapping) for m in sequence):
@@ -86,7 +93,13 @@ class Inputs:
         elif append_eos:
             ids, mask = [*ids, self._end_token()], [*mask, 1]
         self._check(ids, name)
-        return TrainSequence(ids, mask)
+        if soft is None:
+            return TrainSequence(ids, mask)
+        target_ids, weights = soft
+        if len(ids) > len(target_ids):
+            end = torch.full((1, target_ids.shape[1]), ids[-1])
+            target_ids, weights = torch.cat([target_ids, end]), torch.cat([weights, torch.eye(1, weights.shape[1])])
+        return TrainSequence(ids, mask, target_ids.tolist(), weights.tolist())
 
     def _chat(self, messages: Sequence[Any], name: str) -> tuple[list[int], list[int]]:
         """A chat through the model's template. The loss is on what its {% generation %} blocks wrote; on every token
@@ -116,6 +129,31 @@ def check_token_ids(ids: Sequence[int], name: str, config: ModelConfig) -> None:
     if min(ids) < 0 or max(ids) >= vocab_size:
         position, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocab_size)
         raise InputError(f"{name}: token {position}: found id {show(token)}; accepted: 0 to {vocab_size - 1}")
+
+
+def check_soft_targets(
+    ids: Any, weights: Any, lengths: Sequence[int], vocab_size: int, names: tuple[str, str]
+) -> tuple[Tensor, Tensor]:
+    """Soft targets as (ids int64, weights float32), [n, K] each, n one of `lengths`. InputError by one of the names."""
+    columns = []
+    for values, name, dtype in zip((ids, weights), names, (None, torch.float32), strict=True):
+        try:
+            columns.append(torch.as_tensor(values, dtype=dtype))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            columns.append(torch.empty(()))
+        shapes = f"{' or '.join(map(str, lengths))} rows of K numbers, 1 <= K <= {MAX_IDS}"
+        shape = columns[-1].shape
+        fits = len(shape) == 2 and shape[0] in lengths and 1 <= shape[1] <= MAX_IDS
+        require(fits, name, values if len(shape) != 2 else f"{list(shape)} numbers", shapes)
+    target_ids, target_weights = columns
+    whole = not target_ids.is_floating_point() and target_ids.dtype != torch.bool
+    require(whole, names[0], ids, "integers")
+    inside = bool(((target_ids >= 0) & (target_ids < vocab_size)).all())
+    require(inside, names[0], ids, f"ids from 0 to {vocab_size - 1}")
+    same = target_weights.shape == target_ids.shape
+    require(same, names[1], f"{list(target_weights.shape)} numbers", f"{list(target_ids.shape)}, as {names[0]}")
+    require(bool(target_weights.isfinite().all()), names[1], weights, "finite numbers")
+    return target_ids.long(), target_weights
 
 
 def integers(values: Any, name: str) -> list[int]:

@@ -20,19 +20,23 @@ from seal_engine.domains.knowledge.seal_files import write_result, write_sft
 from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
 from seal_engine.loop.config import LoopConfig
-from seal_engine.loop.domain import Domain
+from seal_engine.loop.continual import Continual, validate_continual
+from seal_engine.loop.continual_config import ContinualConfig
+from seal_engine.loop.continual_results import read_result, write_summaries
+from seal_engine.loop.continual_results import table as continual_table
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import EVALUATION, ROUND, Phase
 from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS, ReSTEM, validate_run
 from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
+from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
 from seal_engine.types import InputError, renamed_errors, require, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FILES = (
-    "data", "held_out_data", "prompt_template", "question_template", "reading_template", "grade_template",
+    "data", "held_out_data", "probe_data", "prompt_template", "question_template", "reading_template", "grade_template",
     "self_edits_file", "challenges", "solutions", "held_out_challenges", "held_out_solutions",
     "few_shot_prompt_template", "example_template", "grid_template", "directive_template",
 )  # fmt: skip
@@ -69,14 +73,28 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What is done with a task: settings, their check, and the loop over (engine, domain, settings, ledger)."""
+
+    config: type
+    validate: Callable[[Any, Any], None]
+    make: Callable[..., ReSTEM | Continual]
+
+
+RESTEM = Loop(LoopConfig, validate_run, ReSTEM)
+CONTINUAL = Loop(ContinualConfig, validate_continual, Continual)
+
+
+@dataclass(frozen=True)
 class Task:
     """Something that can be run. defaults: in place of the configurations' own."""
 
     config: type
-    make: Callable[[Any, Engine], Domain]
+    make: Callable[[Any, Engine], Any]
     finish: Callable[[Any, Ledger], None]
     defaults: Mapping[str, Any]
     summary: str
+    loop: Loop = RESTEM
 
 
 def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
@@ -87,6 +105,11 @@ def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
         texts = {(edit.context, edit.index): edit.text for edit in ledger.self_edits(policy.seed, phase)}
         kept = [{"prompt": domain.prompt_text(c), "completion": texts[c, index].strip()} for c, index in policy.kept]
         write_sft(ledger.directory / f"{name}-kept.jsonl", kept)
+
+
+def write_continual_files(domain: Knowledge, ledger: Ledger) -> None:
+    """SEAL's summary file of every method."""
+    write_summaries(ledger)
 
 
 def write_arc_files(domain: FewShot, ledger: Ledger) -> None:
@@ -109,13 +132,21 @@ TASKS = {
         FewShotConfig, make_puzzle_miniature, write_arc_files, PUZZLE_MINIATURE,
         "few-shot with the shipped model, on small puzzles of its own",
     ),
+    "continual": Task(
+        KnowledgeConfig, Knowledge, write_continual_files, {},
+        "learn passages one after another: what is forgotten, and what keeps it", CONTINUAL,
+    ),
+    "continual-miniature": Task(
+        KnowledgeConfig, make_continual_miniature, write_continual_files, CONTINUAL_MINIATURE,
+        "continual with the shipped model, in a small world of invented people", CONTINUAL,
+    ),
 }  # fmt: skip
 
 
 def configs(task: str) -> tuple[type, type, type]:
     """The dataclasses whose fields configure the task; no two share a field's name."""
     require(task in TASKS, "task", task, f"one of {list(TASKS)}")
-    return EngineConfig, LoopConfig, TASKS[task].config
+    return EngineConfig, TASKS[task].loop.config, TASKS[task].config
 
 
 def start(
@@ -137,25 +168,29 @@ def start(
         require(name in known, name, values[name], f"one of {sorted(known)}")
     # Absolute, so that the run can be resumed from another directory.
     values |= {name: os.path.abspath(values[name]) for name in ("model", *FILES) if values.get(name)}
+    if isinstance(values.get("policies"), Sequence):
+        values["policies"] = tuple(map(os.path.abspath, values["policies"]))
     engine_config, loop, own = (make(kind, values) for kind in kinds)
     files = {name: _digest(values[name]) for name in FILES if values.get(name)}
+    files |= {f"policies[{i}]": _digest(path) for i, path in enumerate(values.get("policies", ()))}
     settings = asdict(engine_config) | asdict(loop) | asdict(own)
     engine = Engine.from_pretrained(
         engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic
     )
     with renamed_errors({"lora.target_modules": "targets"}):
         adapter_layout(engine.config, own.lora)  # targets that the model lacks are an error now, not in hours
-    fixed = getattr(own, "grader", "") != "model" or loop.policy_update == "adapter" or not loop.rounds
-    require(fixed, "grader", "model", "it with policy_update 'adapter': a merge would change who grades")
+    if isinstance(loop, LoopConfig):
+        fixed = getattr(own, "grader", "") != "model" or loop.policy_update == "adapter" or not loop.rounds
+        require(fixed, "grader", "model", "it with policy_update 'adapter': a merge would change who grades")
     domain = TASKS[task].make(own, engine)
-    validate_run(domain, loop)
+    TASKS[task].loop.validate(domain, loop)
     fingerprint = _fingerprint(Path(engine_config.model))
     settings |= {"task": task, "sha256": files | fingerprint}
     # A file that lies elsewhere now is the same file if its digest is the same; a run of an earlier version took fewer.
-    mutable = (*MUTABLE, "model", *files)
+    mutable = (*MUTABLE, "model", "policies", *files)
     defaults = {name: value for kind in kinds for name, value in defaults_of(kind).items()} | {"sha256": fingerprint}
     with Ledger.open(out, settings, mutable, defaults) as ledger:
-        ReSTEM(engine, domain, loop, ledger, log, progress).run()
+        TASKS[task].loop.make(engine, domain, loop, ledger, log, progress).run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
 
@@ -218,6 +253,22 @@ class Row:
     def deviation(self) -> float | None:
         """Sample standard deviation over seeds; None for one."""
         return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+def is_continual(ledger: Ledger) -> bool:
+    """Whether the run is of the continual experiment."""
+    task = ledger.config.get("task")
+    return task in TASKS and TASKS[str(task)].loop is CONTINUAL
+
+
+def summary(ledger: Ledger) -> tuple[str, list[dict[str, Any]]]:
+    """What a run came to: a table as text, and its lines as JSON."""
+    if is_continual(ledger):
+        result = read_result(ledger)
+        lines = [{name: value for name, value in asdict(m).items() if name != "matrices"} for m in result.methods]
+        return continual_table(result), lines
+    found = rows(ledger)
+    return table(found), [{"method": r.name, "mean": r.mean, "sd": r.deviation, **asdict(r)} for r in found]
 
 
 def rows(ledger: Ledger) -> list[Row]:

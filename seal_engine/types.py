@@ -56,7 +56,8 @@ class PackedBatch:
         token_ids = np.fromiter(chain.from_iterable(sequences), np.int64, sum(lengths))
         bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         positions = np.arange(len(token_ids)) - np.repeat(bounds[:-1], lengths)
-        return PackedBatch(*to_device(device, token_ids, positions, bounds.astype(np.int32)), lengths)
+        ids, places, cu_seqlens = to_device(device, token_ids, positions, bounds.astype(np.int32))
+        return PackedBatch(ids, places, cu_seqlens, lengths)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,16 @@ class PagedArrays(NamedTuple):
     def batch(self, keys: Tensor, values: Tensor) -> PagedBatch:
         """The batch on the device of a cache's keys and values, [L, blocks, block size, K, E]."""
         max_query, max_context = int(np.diff(self.cu_seqlens).max()), int(self.context_lens.max())
-        return PagedBatch(*to_device(keys.device, *self), max_query, max_context, keys, values)
+        return paged_batch(to_device(keys.device, *self), max_query, max_context, keys, values)
+
+
+def paged_batch(
+    tensors: Sequence[Tensor], max_query: int, max_context: int, keys: Tensor, values: Tensor
+) -> PagedBatch:
+    """A batch of the tensors that PagedArrays lists, in its order."""
+    token_ids, positions, cu_seqlens, context_lens, block_tables, slot_mapping = tensors
+    sizes = max_query, max_context, keys, values
+    return PagedBatch(token_ids, positions, cu_seqlens, context_lens, block_tables, slot_mapping, *sizes)
 
 
 def setting(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:

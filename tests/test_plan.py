@@ -61,7 +61,7 @@ for recompute, targets in {cases}:
         open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
         ids = [[(7 * i + j) % 8000 for j in range(64)] for i in range(count)]
         work = AdapterBatch(adapter, ids, [[False] + [True] * 63] * count)
-        target_logprobs(model, [work], recompute)[0].sum().backward()
+        target_logprobs(model, [work], recompute)[0][0].sum().backward()
     print((kib("VmHWM") - before) * 1024)
 """
 

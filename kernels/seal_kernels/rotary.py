@@ -97,7 +97,8 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) 
     if not use_triton(q, k, cos, sin):
         behind_q = q.data_ptr() + H * q.stride(1) * q.element_size()
         if k.data_ptr() == behind_q and k.stride() == q.stride():  # parts of one product: turned by the same calls
-            return _rotate(q.as_strided((T, H + K, E), q.stride()), cos, sin, inverse).split([H, K], 1)
+            both = _rotate(q.as_strided((T, H + K, E), q.stride()), cos, sin, inverse)
+            return both[:, :H], both[:, H:]
         return _rotate(q, cos, sin, inverse), _rotate(k, cos, sin, inverse)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)

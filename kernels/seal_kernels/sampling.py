@@ -304,7 +304,7 @@ def _sample_cpu(
 
 def sample_tokens(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor,
-    with_logprobs: bool = True,
+    *, with_logprobs: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """(tokens int64 [N], logprobs float32 [N]) of the next token of each row, on logits' device. No gradient.
 

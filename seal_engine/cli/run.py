@@ -3,8 +3,9 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from seal_engine import runs
 from seal_engine.domains.knowledge.results import select as select_kept
@@ -12,6 +13,7 @@ from seal_engine.domains.knowledge.seal_files import read_result, write_sft
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.settings import add_flags, read_toml
 from seal_engine.report.page import write_report
+from seal_engine.tiny.continual_demo import POLICY_ROUNDS
 from seal_engine.tiny.pretrain import Recipe, train_tiny
 from seal_engine.tiny.pretrain_puzzles import SHAPE, PuzzleRecipe, train_puzzle_model
 from seal_engine.types import InputError, require
@@ -30,18 +32,28 @@ def _shown(options: argparse.Namespace) -> tuple[Callable[[str], None], bool]:
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", default="knowledge", choices=sorted(DEMOS), help="(default: %(default)s)")
     parser.add_argument("--out", help="directory of the run (default: runs/demo-TASK)", metavar="DIR")
-    parser.add_argument("--seeds", help="how many seeds to run (default: 3)", type=int, default=3, metavar="N")
+    text = "how many seeds to run (default: 3; of continual, 1)"
+    parser.add_argument("--seeds", help=text, type=int, default=0, metavar="N")
     _run_arguments(parser)
 
 
 def demo(options: argparse.Namespace) -> None:
     """Watch a miniature model learn to write its own training data: minutes on a CPU, no download."""
-    values = {"seeds": tuple(range(options.seeds))}
+    count = options.seeds or DEMO_SEEDS[options.task]
+    require(count >= 1, "--seeds", options.seeds, "an integer >= 1")
+    values: dict[str, Any] = {"seeds": tuple(range(count))}
     out = options.out or f"runs/demo-{options.task}"
+    if options.task == "continual":
+        policy = runs.start(DEMOS["knowledge"], POLICY_ROUNDS, f"{out}-policy", *_shown(options))
+        rounds = range(1, POLICY_ROUNDS["rounds"] + 1)
+        values |= {"policies": tuple(str(policy / "policies" / f"seed-0-round-{r}") for r in rounds)}
+        values |= {"methods": DEMO_METHODS}
     _finish(runs.start(DEMOS[options.task], values, out, *_shown(options)), options)
 
 
-DEMOS = {"few-shot": "puzzle-miniature", "knowledge": "miniature"}
+DEMOS = {"few-shot": "puzzle-miniature", "knowledge": "miniature", "continual": "continual-miniature"}
+DEMO_SEEDS = {"few-shot": 3, "knowledge": 3, "continual": 1}
+DEMO_METHODS = ("merge", "replay", "distil", "gate", "null-space", "consolidate", "bank", "oracle", "joint")
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,12 +91,11 @@ def _finish(directory: Path, options: argparse.Namespace) -> None:
     """Write the report, and print what the run came to."""
     page = write_report(directory)
     with Ledger.read(directory) as ledger:
-        found = runs.rows(ledger)
+        shown, rows = runs.summary(ledger)
         if not options.quiet:
-            print(runs.table(found))
+            print(shown)
             print(f"More, with pictures: {page}")
         if options.json:
-            rows = [{"method": r.name, "mean": r.mean, "sd": r.deviation, **asdict(r)} for r in found]
             print(json.dumps({"directory": str(directory), "report": str(page), "table": rows}))
 
 
@@ -117,7 +128,9 @@ def select(options: argparse.Namespace) -> None:
 def tiny_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="tiny_verb", metavar="VERB", required=True)
     train = verbs.add_parser("train", help="train a miniature from scratch, as the shipped one was")
-    train.add_argument("task", nargs="?", default="knowledge", choices=sorted(DEMOS), help="(default: %(default)s)")
+    train.add_argument(
+        "task", nargs="?", default="knowledge", choices=["few-shot", "knowledge"], help="(default: %(default)s)"
+    )
     train.add_argument("--out", help="new directory: a Hugging Face checkpoint", required=True, metavar="DIR")
     train.add_argument("--seed", type=int, default=Recipe.seed, metavar="N", help="(default: %(default)s)")
     _run_arguments(train)

@@ -93,3 +93,18 @@ class Domain(Protocol):
     def sources(self) -> Mapping[str, SelfEditSource]:
         """Name -> other sources of self-edits."""
         ...
+
+
+class PassageDomain(Domain, Protocol):
+    """A task whose contexts are passages, as the continual experiment needs it.
+
+    contexts("probe"): passages that are never shown, whose questions ask what the model knew before.
+    """
+
+    def title(self, context: str) -> str:
+        """What the passage is about, as questions name it."""
+        ...
+
+    def reading(self, context: str) -> Sequence[Prompt]:
+        """The questions with the passage before them."""
+        ...

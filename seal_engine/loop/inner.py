@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from seal_engine.loop.domain import Candidate
+from seal_engine.loop.domain import Candidate, Prompt
 from seal_engine.loop.records import Trial
 from seal_engine.model.adapters import Adapter
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
@@ -89,56 +89,54 @@ class InnerLoop:
         A candidate that is rejected or whose job fails has an error, no answers and no grades.
         """
         start = perf_counter()
-        results = self._train(candidates)
-        answers = self._answer([candidate for candidate, _ in candidates], results)
-        answered = [(candidates[i][0].context, texts) for i, texts in answers.items()]
-        grades = dict(zip(answers, self.grade(answered), strict=True))
-        seconds = (perf_counter() - start) / max(1, len(candidates))
-        return [
-            TrialResult(
-                num_steps=result.num_steps,
-                num_tokens=result.num_tokens,
-                final_loss=result.losses[-1] if result.losses else None,
-                error=result.error,
-                answers=tuple(answers.get(i, ())),
-                grades=tuple(grades.get(i, ())),
-                seconds=seconds,
-            )
-            for i, result in enumerate(results)
+        trained = self.train([_seeded(candidate, seed) for candidate, seed in candidates])
+        results = [
+            TrainResult(None, [], 0, candidate.rejected) if result is None else result
+            for (candidate, _), result in zip(candidates, trained, strict=True)
         ]
-
-    def _train(self, candidates: Sequence[tuple[Candidate, int]]) -> list[TrainResult]:
-        """The training result of each candidate, an empty one where there is no job. Equal jobs are trained once."""
-        jobs: dict[str, TrainJob] = {}
-        keys: list[str | None] = []
-        for candidate, seed in candidates:
-            if candidate.job is None:
-                keys.append(None)
-                continue
-            job = replace(candidate.job, seed=seed)
-            key = job_key(job)
-            keys.append(key)
-            jobs.setdefault(key, job)
-        trained = self.engine.train(list(jobs.values()), progress=self.progress) if jobs else []
-        results = dict(zip(jobs, trained, strict=True))
-        return [
-            TrainResult(None, [], 0, candidate.rejected) if key is None else results[key]
-            for (candidate, _), key in zip(candidates, keys, strict=True)
-        ]
-
-    def _answer(self, candidates: Sequence[Candidate], results: Sequence[TrainResult]) -> dict[int, list[str]]:
-        """The answers of every candidate, by its place in the list, that has no error."""
         asked = [i for i, result in enumerate(results) if result.error is None]
-        prompts = [prompt for i in asked for prompt in candidates[i].questions]
-        adapters = [results[i].adapter for i in asked for _ in candidates[i].questions]
-        if not prompts:
-            return {i: [] for i in asked}
-        outputs = self.engine.generate(prompts, self.answer_params, adapters, progress=self.progress)
+        questions = []
+        for i in asked:
+            candidate = candidates[i][0]
+            adapters = [results[i].adapter] * len(candidate.questions)
+            questions.append((candidate.context, candidate.questions, adapters))
+        answered = dict(zip(asked, self.answer(questions), strict=True))
+        seconds = (perf_counter() - start) / max(1, len(candidates))
+        trials = []
+        for i, result in enumerate(results):
+            answers, grades = answered.get(i, ((), ()))
+            final_loss = result.losses[-1] if result.losses else None
+            numbers = result.num_steps, result.num_tokens, final_loss
+            trials.append(TrialResult(*numbers, result.error, answers, grades, seconds))
+        return trials
+
+    def train(self, jobs: Sequence[TrainJob | None]) -> list[TrainResult | None]:
+        """The result of each job, None where there is none; all are trained at once, equal ones once."""
+        keys = [None if job is None else job_key(job) for job in jobs]
+        different = {key: job for key, job in zip(keys, jobs, strict=True) if key is not None and job is not None}
+        trained = self.engine.train(list(different.values()), progress=self.progress) if different else []
+        results = dict(zip(different, trained, strict=True))
+        return [None if key is None else results[key] for key in keys]
+
+    def answer(
+        self, questions: Sequence[tuple[str, Sequence[Prompt], Sequence[Adapter | None]]]
+    ) -> list[tuple[tuple[str, ...], tuple[float | None, ...]]]:
+        """The answers and grades for each (context, prompts, an adapter for each prompt), all answered at once."""
+        prompts = [prompt for _, own, _ in questions for prompt in own]
+        adapters = [adapter for _, _, own in questions for adapter in own]
+        params = self.answer_params
+        outputs = self.engine.generate(prompts, params, adapters, progress=self.progress) if prompts else []
         failed = [output.error for output in outputs if output.error]
         if failed:
             self.log(f"{len(failed)} of {len(outputs)} questions could not be asked and count as wrong: {failed[0]}")
         texts = iter("" if output.error else output.outputs[0].text for output in outputs)
-        return {i: [next(texts) for _ in candidates[i].questions] for i in asked}
+        answers = [tuple(next(texts) for _ in own) for _, own, _ in questions]
+        graded = self.grade([(context, own) for (context, _, _), own in zip(questions, answers, strict=True)])
+        return [(own, tuple(grades)) for own, grades in zip(answers, graded, strict=True)]
+
+
+def _seeded(candidate: Candidate, seed: int) -> TrainJob | None:
+    return None if candidate.job is None else replace(candidate.job, seed=seed)
 
 
 def job_key(job: TrainJob) -> str:

@@ -22,7 +22,7 @@ from seal_engine.loop.inner import InnerLoop, derive_seed, job_key, mean_accurac
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import Phase, SelfEdit, Step, Trial
 from seal_engine.model.adapters import Adapter
-from seal_engine.sampling.requests import Completion
+from seal_engine.sampling.requests import Completion, SamplingParams
 from seal_engine.training.jobs import TrainJob
 
 MISSING = "could not be had"  # why a self-edit is rejected that its source failed to give: it counts nowhere
@@ -107,29 +107,12 @@ class CheckpointedSteps:
     def _sample(
         self, phase: str, contexts: Sequence[str], count: int, policy: Adapter | None, make_job: MakeJob
     ) -> list[SelfEdit]:
-        """`count` self-edits of the policy for each context; invalid ones are sampled again, `resamples` times."""
-        config, domain = self.config, self.domain
-        due = [(context, index) for context in contexts for index in range(count)]
-        edits: dict[tuple[str, int], SelfEdit] = {}
-        params = replace(config.sampling_params, logits_hook=domain.logits_hook(config.max_tokens))
-        for attempt in range(1, config.resamples + 2):
-            seeds = [derive_seed(self.seed, phase, *key, attempt) for key in due]
-            prompts = [domain.prompt(context) for context, _ in due]
-            own_params = [replace(params, seed=seed) for seed in seeds]
-            outputs = self.engine.generate(prompts, own_params, policy, progress=self.progress)
-            again = []
-            for (context, index), seed, output in zip(due, seeds, outputs, strict=True):
-                sample = output.outputs[0] if output.outputs else Completion(index)
-                rejected, retryable = (output.error, False) if output.error else _check(make_job, context, sample.text)
-                edits[context, index] = SelfEdit(
-                    self.seed, phase, context, index, sample.text, tuple(sample.token_ids), seed, attempt, rejected
-                )
-                if retryable:
-                    again.append((context, index))
-            due = again
-            if not due:
-                break
-        return list(edits.values())
+        """`count` self-edits of the policy for each context."""
+        writers = {(context, index): policy for context in contexts for index in range(count)}
+        sampling = self.config.sampling_params, self.config.resamples
+        return sample_self_edits(
+            self.engine, self.domain, *sampling, self.seed, phase, writers, make_job, self.progress
+        )
 
     def _take(self, phase: str, contexts: Sequence[str], source: SelfEditSource, make_job: MakeJob) -> list[SelfEdit]:
         """The self-edits that another source gives for each context."""
@@ -197,6 +180,44 @@ class CheckpointedSteps:
 
     def _name(self, phase: Phase, part: str = "", number: int | None = None) -> str:
         return str(Step(self.seed, phase, part, number))
+
+
+def sample_self_edits(
+    engine: Engine,
+    domain: Domain,
+    params: SamplingParams,
+    resamples: int,
+    seed: int,
+    phase: str,
+    writers: Mapping[tuple[str, int], Adapter | None],
+    make_job: MakeJob,
+    progress: bool = True,
+) -> list[SelfEdit]:
+    """A self-edit for each (context, index), by the adapter that writes it, None for the base.
+
+    Invalid ones are sampled again, `resamples` times. Which tokens are drawn depends on the writer and on a seed that
+    follows from `seed`, the phase, the context, the index and the attempt.
+    """
+    due = list(writers)
+    edits: dict[tuple[str, int], SelfEdit] = {}
+    params = replace(params, logits_hook=domain.logits_hook(params.max_tokens or 0))
+    for attempt in range(1, resamples + 2):
+        seeds = [derive_seed(seed, phase, *key, attempt) for key in due]
+        prompts = [domain.prompt(context) for context, _ in due]
+        own_params = [replace(params, seed=own) for own in seeds]
+        outputs = engine.generate(prompts, own_params, [writers[key] for key in due], progress=progress)
+        again = []
+        for (context, index), own, output in zip(due, seeds, outputs, strict=True):
+            sample = output.outputs[0] if output.outputs else Completion(index)
+            rejected, retryable = (output.error, False) if output.error else _check(make_job, context, sample.text)
+            ids = tuple(sample.token_ids)
+            edits[context, index] = SelfEdit(seed, phase, context, index, sample.text, ids, own, attempt, rejected)
+            if retryable:
+                again.append((context, index))
+        due = again
+        if not due:
+            break
+    return list(edits.values())
 
 
 def _check(make_job: MakeJob, context: str, text: str) -> tuple[str | None, bool]:

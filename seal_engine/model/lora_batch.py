@@ -1,7 +1,7 @@
 """Which tokens of a packed batch belong to which adapter, as the LoRA kernels take it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,13 @@ class LoraBatch:
     groups: dict[tuple[int, ProjectionGroup], LoraGroup]  # by layer and group; only groups that some adapter adapts
     anchor: Tensor
     tables: BatchTables | None = None  # of all groups, in their order; on a GPU
+    # Called with (layer, group, inputs [T, I]) of every product, in the order in which they are computed.
+    observe: Callable[[int, ProjectionGroup, Tensor], None] | None = None
+
+    @staticmethod
+    def observing(observe: Callable[[int, ProjectionGroup, Tensor], None], device: torch.device) -> "LoraBatch":
+        """No adapter on any token; `observe` sees what each group of projections multiplies."""
+        return LoraBatch({}, torch.zeros(1, device=device), observe=observe)
 
     @staticmethod
     def make(

@@ -19,7 +19,7 @@ from seal_engine.model.config import ModelConfig
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
-from seal_kernels.cross_entropy import token_logprobs
+from seal_kernels.cross_entropy import soft_target_logprobs, token_logprobs
 from seal_kernels.linear import INVARIANT_ROWS, frozen_linear, multiplies_bfloat16
 from seal_kernels.lora import lora_linear
 from seal_kernels.packed import allow_packing, can_pack
@@ -211,6 +211,15 @@ class Model:
         tiles = zip(hidden.split(INVARIANT_ROWS), targets.split(INVARIANT_ROWS), strict=True)
         return torch.cat([token_logprobs(h, self.lm_head, t) for h, t in tiles])[: len(targets) - padding[0]]
 
+    def soft_target_logprobs(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(sums [N], log-probabilities [N, K]) of ids [N, K] under weights [N, K]; the sums are differentiable."""
+        if not self.batch_invariant or not len(ids):
+            return soft_target_logprobs(hidden, self.lm_head, ids, weights)
+        padding = (0, 0, 0, -len(ids) % INVARIANT_ROWS)
+        padded = [torch.nn.functional.pad(x, padding).split(INVARIANT_ROWS) for x in (hidden, ids, weights)]
+        tiles = [soft_target_logprobs(h, self.lm_head, i, w) for h, i, w in zip(*padded, strict=True)]
+        return torch.cat([s for s, _ in tiles])[: len(ids)], torch.cat([p for _, p in tiles])[: len(ids)]
+
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos, sin [T, E / 2], float32."""
         angles = positions[:, None] * self.inverse_frequencies
@@ -274,6 +283,8 @@ class Model:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The product with a group's matrix, with its adapters if it has any, in dtype or x's."""
+        if lora is not None and lora.observe is not None:
+            lora.observe(layer, group, x)
         if lora is None or (layer, group) not in lora.groups:
             return frozen_linear(x, weight, bias, self.batch_invariant, dtype)
         return lora_linear(x, weight, bias, lora.groups[layer, group], lora.anchor, self.batch_invariant, dtype)

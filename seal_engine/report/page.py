@@ -13,9 +13,11 @@ from typing import Any
 
 from seal_engine.domains.few_shot.puzzle_picture import saved
 from seal_engine.files import replace_file
+from seal_engine.loop.continual_results import read_result
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS
 from seal_engine.loop.settings import defaults_of
+from seal_engine.report.continual_page import continual_page, continual_pictures
 from seal_engine.report.data import PARTS, RunData, deviation, mean
 from seal_engine.report.html import (
     NONE,
@@ -32,7 +34,7 @@ from seal_engine.report.html import (
     table,
     text,
 )
-from seal_engine.runs import TASKS, configs, rows
+from seal_engine.runs import TASKS, configs, is_continual, rows
 
 PAGE = "report.html"
 LONGEST = 2000  # characters of a self-edit that are shown
@@ -62,6 +64,8 @@ def write_report(directory: Path) -> Path:
     Equal ledgers give equal bytes. InputError where there is no run, or nothing can be written.
     """
     with Ledger.read(directory) as ledger:
+        if is_continual(ledger):
+            return _write_continual(directory, ledger)
         data = RunData(ledger)
         measured = [(row.name, row.accuracies) for row in rows(ledger)]
     pictures = _draw(data)
@@ -73,6 +77,15 @@ def write_report(directory: Path) -> Path:
     # A model can write half a surrogate pair, which no file of text can hold.
     content = _page(data, measured, pictures).encode("utf-8", "replace")
     return replace_file(directory / PAGE, content)
+
+
+def _write_continual(directory: Path, ledger: Ledger) -> Path:
+    result = read_result(ledger)
+    pictures = continual_pictures(result)
+    for name, picture in (pictures or {}).items():
+        replace_file(directory / f"{name}.png", picture)
+    page = continual_page(ledger, result, pictures, _settings(ledger.config))
+    return replace_file(directory / PAGE, page.encode("utf-8", "replace"))
 
 
 def _draw(data: RunData) -> dict[str, bytes] | None:

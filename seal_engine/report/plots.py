@@ -55,17 +55,18 @@ def draw(
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         pictures: dict[str, bytes] = {}
         if any(written.values()) or baselines:
-            pictures["accuracy"] = _png(_accuracy(written, baselines))
+            pictures["accuracy"] = png(_accuracy(written, baselines))
         if pairs is not None and pairs.changes:
-            pictures["contexts"] = _png(_contexts(pairs))
+            pictures["contexts"] = png(_contexts(pairs))
         if any(r.kept_rewards or r.other_rewards for r in rounds):
-            pictures["kept"] = _png(_kept(rounds))
+            pictures["kept"] = png(_kept(rounds))
         if any(sum(parts.values()) > 0 for parts in seconds.values()):
-            pictures["time"] = _png(_time(seconds))
+            pictures["time"] = png(_time(seconds))
         return pictures
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG, the same bytes for the same figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
     return stream.getvalue()

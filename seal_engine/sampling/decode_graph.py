@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
-from seal_engine.types import PagedArrays, PagedBatch
+from seal_engine.types import PagedArrays, PagedBatch, paged_batch
 from seal_kernels.dispatch import INTERPRET
 from seal_kernels.lora_tables import BLOCK_FIELDS, BatchTables, block_records
 from seal_kernels.transfer import pack, views
@@ -85,7 +85,7 @@ class DecodeGraphs:
         buffer = torch.empty_like(packed, device=keys.device)
         tensors = views(buffer, written, starts)
         S, width = written[4].shape
-        batch = PagedBatch(*tensors[:6], 1, width * keys.shape[2], keys, values)
+        batch = paged_batch(tensors[:6], 1, width * keys.shape[2], keys, values)
         if lora is None or lora.tables is None:
             return _Graph(buffer, batch, None)
         blocks, records = tensors[6], lora.tables.factor_table

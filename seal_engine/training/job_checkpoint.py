@@ -20,12 +20,15 @@ def _fingerprint(state: JobState) -> str:
     """
     job, layout = state.job, state.adapter.layout
     fields: dict[str, Any] = {name: getattr(job, name) for name in job.__dataclass_fields__}
-    for name in ("sequences", "init_from", "checkpoint_dir", "checkpoint_every", "lora"):
+    for name in ("sequences", "init_from", "on_top_of", "checkpoint_dir", "checkpoint_every", "lora"):
         del fields[name]
     fields |= {"ids": state.ids, "targets": state.targets, "size": layout.size}
     fields |= {"ranks": layout.ranks.tolist(), "scales": layout.scales.tolist(), "dropout": job.lora.lora_dropout}
-    if job.init_from is not None:
-        fields["init"] = hashlib.sha256(job.init_from.params.cpu().numpy().tobytes()).hexdigest()
+    if any(pair is not None for pair in state.soft):
+        fields["soft"] = [None if pair is None else [part.tolist() for part in pair] for pair in state.soft]
+    for name, other in (("init", job.init_from), ("below", job.on_top_of)):
+        if other is not None:
+            fields[name] = hashlib.sha256(other.params.cpu().numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

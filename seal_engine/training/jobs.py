@@ -19,10 +19,16 @@ class TrainSequence:
     """Tokens to train on. loss_mask: a 0 or 1 a token; the loss is taken where a token with a 1 is predicted.
 
     None: on every token but the first.
+
+    target_ids, target_weights: soft targets, K ids and weights a token, in place of the token itself. A token's loss is
+    then -sum_k weight_k logp(id_k), which is the forward KL divergence to the weights, up to a constant, where these
+    are probabilities. Row i stands for token i; row 0 is not used. With append_eos the end token is its own target.
     """
 
     token_ids: Sequence[int]
     loss_mask: Sequence[int] | None = None
+    target_ids: Sequence[Sequence[int]] | None = None  # [n, K]
+    target_weights: Sequence[Sequence[float]] | None = None  # [n, K]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class TrainJob:
     max_grad_norm: float | None = 1.0
     seed: int | None = 0  # shuffles each epoch, draws A and dropout; None keeps the order (and draws as 0 does)
     init_from: Adapter | None = None  # start from a copy of this adapter; its config replaces `lora`
+    # Train a new adapter, `lora` or a copy of init_from, on top of this one, which stays as it is. The result is one
+    # adapter that holds both; see `model.adapter_stack`.
+    on_top_of: Adapter | None = None
+    freeze_a: bool = False  # train B alone, A stays as drawn or as in init_from (LoRA-FA, arXiv 2308.03303)
     append_eos: bool = False  # add the end token to every sequence, as a target
     checkpoint_dir: str | Path | None = None  # save here and, if a checkpoint of this same job is here, go on from it
     checkpoint_every: int = 100  # optimizer steps between checkpoints
@@ -61,6 +71,13 @@ class TrainJob:
         )
         seed = self.seed
         require(seed is None or (is_integer(seed) and 0 <= seed < 2**63), "seed", seed, "None or an integer >= 0")
+        require(isinstance(self.freeze_a, bool), "freeze_a", self.freeze_a, "True or False")
+        if self.on_top_of is not None or self.freeze_a:
+            decay = self.weight_decay
+            require(decay == 0, "weight_decay", decay, "0 beside on_top_of or freeze_a, for parts that stay")
+        if self.on_top_of is not None:
+            dropout = self.lora.lora_dropout
+            require(dropout == 0, "lora.lora_dropout", dropout, "0 beside on_top_of, from which nothing is dropped")
         place = self.checkpoint_dir
         require(place is None or isinstance(place, str | Path), "checkpoint_dir", place, "None or a path")
         require(
@@ -122,19 +139,24 @@ class Datum:
     exp(logp(token i) - old_logprobs[i]). Or any function of the [n - 1] float32 log-probabilities of tokens 1 .. n - 1
     to a scalar tensor. Per-token fields have n entries (the first, of a token that nothing predicts, is not used) or
     n - 1. weights None: each 1 / (n - 1), the mean.
+
+    target_ids: soft targets for "cross_entropy", K ids for each of n or n - 1 tokens in place of the tokens themselves;
+    weights, of the same shape and any sign, are then needed, and the loss is minus the sum over i and k of
+    weights[i][k] logp(target_ids[i][k]). Ids may repeat; one of weight 0 is padding.
     """
 
     adapter: Adapter
     token_ids: Sequence[int]
     loss: "str | Callable[[Tensor], Tensor]" = "cross_entropy"
-    weights: Sequence[float] | None = None
+    weights: Sequence[float] | Sequence[Sequence[float]] | None = None
     old_logprobs: Sequence[float] | None = None
     advantages: Sequence[float] | None = None
+    target_ids: Sequence[Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
 class DatumResult:
-    """loss, and logprobs [n - 1] float32 of tokens 1 .. n - 1, on the CPU."""
+    """loss, and logprobs [n - 1] float32 of tokens 1 .. n - 1, or [n - 1, K] of target_ids, on the CPU."""
 
     loss: float
     logprobs: Tensor

@@ -1,6 +1,16 @@
-"""The loss of a job's part of a pass, and the losses that a Datum can ask for."""
+"""The loss of a job's part of a pass, and the losses that a Datum can ask for.
+
+    cross_entropy           -sum_i weights_i logp(token_i)
+    cross_entropy, soft     -sum_ik weights_ik logp(id_ik)      target_ids and weights [n, K]
+    importance_sampling     -sum_i weights_i advantages_i exp(logp(token_i) - old_logprobs_i)
+
+With soft targets (distillation, arXiv 1503.02531) the weights of a token are probabilities of a teacher, and the loss
+is KL(teacher || model) plus the teacher's entropy; weights of any sign are a linear loss of the K log-probabilities.
+The sum over k is made where the logits are (seal_kernels/cross_entropy.py), so a token comes here as one number.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +37,9 @@ def job_losses(logprobs: Tensor, counts: Sequence[int], weights: Sequence[float]
 
 
 def datum_loss(datum: Datum, logprobs: Tensor, name: str) -> Tensor:
-    """The datum's loss of its [n - 1] log-probabilities."""
+    """The datum's loss of its [n - 1] log-probabilities; with soft targets these are weighted sums over the K ids."""
+    if datum.target_ids is not None:
+        return -logprobs.sum()
     if callable(datum.loss):
         loss = datum.loss(logprobs)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -35,7 +47,7 @@ def datum_loss(datum: Datum, logprobs: Tensor, name: str) -> Tensor:
             raise InputError(f"{name}: the callable returned {loss!r:.80}; accepted: {accepted}")
         return loss.reshape(())
 
-    def column(values: Sequence[float] | None) -> Tensor | None:
+    def column(values: Sequence[Any] | None) -> Tensor | None:
         if values is None:
             return None
         return torch.as_tensor(values, dtype=torch.float32).to(logprobs.device)[-len(logprobs) :]

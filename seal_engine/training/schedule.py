@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from seal_engine.model.adapter_stack import top_mask
 from seal_engine.model.adapters import Adapter
 from seal_engine.training.jobs import AdamParams, TrainJob, TrainSequence
 from seal_engine.types import chunks
@@ -45,7 +47,11 @@ class JobState:
         self.job = job
         self.ids = [list(sequence.token_ids) for sequence in sequences]
         self.targets = [target_mask(sequence) for sequence in sequences]
+        self.soft = [soft_targets(sequence) for sequence in sequences]
         self.adapter = adapter
+        # 1 where the adapter is trained, 0 where it stays as it is; None: all of it is trained.
+        whole = job.on_top_of is None and not job.freeze_a
+        self.trained = None if whole else top_mask(adapter, job.lora.r, job.freeze_a)
         self.token_budget = token_budget
         microbatches = ceil_div(len(sequences), job.batch_size)
         self.steps_per_epoch = ceil_div(microbatches, job.gradient_accumulation_steps)
@@ -97,6 +103,13 @@ class JobState:
         job = self.job
         rate = lr_at_step(job, self.adapter.steps, self.total_steps)
         return AdamParams(rate, job.betas, job.eps, job.weight_decay, job.max_grad_norm)
+
+
+def soft_targets(sequence: TrainSequence) -> tuple[Tensor, Tensor] | None:
+    """The sequence's soft targets as (ids int64, weights float32), [n, K] each; None: its tokens are the targets."""
+    if sequence.target_ids is None:
+        return None
+    return torch.tensor(sequence.target_ids), torch.tensor(sequence.target_weights, dtype=torch.float32)
 
 
 def target_mask(sequence: TrainSequence) -> list[bool]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from seal_engine.model.adapter_stack import stack_adapters
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.devices import on_device
 from seal_engine.model.transformer import Model
@@ -169,13 +170,17 @@ class Trainer:
             sequences = [state.ids[i] for i in state.next.members]
             targets = [state.targets[i] for i in state.next.members]
             dropout_key = (state.job.seed or 0, state.num_micro_steps)
-            batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key))
+            soft = [state.soft[i] for i in state.next.members]
+            batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key, soft))
             weights.append(state.next.weight)
-        logprobs, counts = target_logprobs(self.model, batches, self.recompute)
+        logprobs, counts, _ = target_logprobs(self.model, batches, self.recompute)
         losses, gradient = job_losses(logprobs, counts, weights)
         with self._whole_or_failed(chosen):
             logprobs.backward(gradient)
             stepping = [state for state in chosen if state.next is not None and state.next.ends_step]
+            for state in stepping:
+                if state.trained is not None and state.adapter.grads is not None:
+                    state.adapter.grads.mul_(state.trained)
             if stepping:
                 losses = torch.cat([losses, advance_adapters([(state.adapter, state.adam()) for state in stepping])])
             for state in chosen:
@@ -285,12 +290,19 @@ class Trainer:
             job.init_from.check_model(self.model.config, "init_from")
             job = replace(job, lora=job.init_from.config)
         size = Adapter(self.model.config, job.lora, torch.device("meta")).nbytes  # before memory is taken
+        if job.on_top_of is not None:
+            if not isinstance(job.on_top_of, Adapter):
+                raise InputError(f"on_top_of: found {type(job.on_top_of).__name__}; accepted: an Adapter")
+            job.on_top_of.check_model(self.model.config, "on_top_of")
+            size += job.on_top_of.nbytes
         if not self._make_room(4 * size) and self._resident:
             return None
         if job.init_from is not None:
             adapter = job.init_from.copy()
         else:
             adapter = Adapter.create(self.model.config, job.lora, self.model.device, job.seed or 0)
+        if job.on_top_of is not None:
+            adapter = stack_adapters([(job.on_top_of, 1.0), (adapter, 1.0)])  # its rank rows lie above the others
         if self._free_states and self._free_states[-1].shape[1] != adapter.layout.size:
             self._free_states.clear()  # of another size: given back, so that memory stays within its bound
         adapter.allocate_optimizer_state(self._free_states.pop() if self._free_states else None)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seal_engine.inputs import check_token_ids, integers
+from seal_engine.inputs import check_soft_targets, check_token_ids, integers
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
@@ -20,17 +20,22 @@ from seal_engine.training.jobs import AdamParams, Datum, DatumResult
 from seal_engine.training.losses import datum_loss
 from seal_engine.types import InputError, PackedBatch, chunks, is_list, require
 from seal_kernels.adamw import Hyper, adamw_step
+from seal_kernels.cross_entropy import IGNORE
 from seal_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
 class AdapterBatch:
-    """One adapter's sequences in a pass. targets[i][j]: whether token j of sequence i is a target; token 0 never is."""
+    """One adapter's sequences in a pass. targets[i][j]: whether token j of sequence i is a target; token 0 never is.
+
+    soft[i]: the soft targets of sequence i's tokens, (ids, weights) [n, K] each; None: the tokens themselves.
+    """
 
     adapter: Adapter
     sequences: Sequence[Sequence[int]]
     targets: Sequence[Sequence[bool]]
     dropout_key: tuple[int, int] = (0, 0)
+    soft: Sequence[tuple[Tensor, Tensor] | None] = ()
 
 
 def validate_dtype(model: Model) -> None:
@@ -39,10 +44,14 @@ def validate_dtype(model: Model) -> None:
     require(computes != "float16", "dtype", computes, "bfloat16 or float32 to train on this device; sampling takes all")
 
 
-def target_logprobs(model: Model, batches: Sequence[AdapterBatch], recompute: str) -> tuple[Tensor, list[int]]:
-    """(log-probabilities of all target tokens in order, [n] float32 with a graph; how many of them each adapter has).
+def target_logprobs(
+    model: Model, batches: Sequence[AdapterBatch], recompute: str
+) -> tuple[Tensor, list[int], list[Tensor]]:
+    """(log-probabilities of all target tokens in order, [n] float32 with a graph; how many of them each adapter has;
+    for each sequence with soft targets, the log-probabilities [targets, K] themselves, detached).
 
-    Backward from them adds to the adapters' gradients.
+    Backward from them adds to the adapters' gradients. A token with soft targets counts as sum_k weight_k logp(id_k).
+    The second list has, for each sequence with soft targets, the log-probabilities [targets, K] themselves, detached.
     """
     sequences = [sequence for part in batches for sequence in part.sequences]
     targets = [target for part in batches for target in part.targets]
@@ -54,8 +63,40 @@ def target_logprobs(model: Model, batches: Sequence[AdapterBatch], recompute: st
     hidden = model.hidden_states(batch, lora, recompute=recompute)
     token_ids = np.fromiter(chain.from_iterable(sequences), np.int64, sum(tokens))
     is_target = np.fromiter(chain.from_iterable(targets), np.bool_, len(token_ids))
-    rows, target_ids = to_device(model.device, is_target.nonzero()[0] - 1, token_ids[is_target])
-    return model.token_logprobs(hidden.index_select(0, rows), target_ids), counts
+    target_ids = token_ids[is_target]
+    soft = [pair for part in batches for pair in (part.soft or [None] * len(part.sequences))]
+    if not any(pair is not None for pair in soft):
+        rows, ids = to_device(model.device, is_target.nonzero()[0] - 1, target_ids)
+        return model.token_logprobs(hidden.index_select(0, rows), ids), counts, []
+    lengths = [sum(target) for target in targets]
+    is_soft = np.repeat([pair is not None for pair in soft], lengths)
+    rows, hard_rows, soft_rows, hard_ids = to_device(
+        model.device, is_target.nonzero()[0] - 1, (~is_soft).nonzero()[0], is_soft.nonzero()[0], target_ids[~is_soft]
+    )
+    hidden = hidden.index_select(0, rows)
+    ids, weights = _stack_soft_targets(soft, targets, model.device)
+    sums, of_ids = model.soft_target_logprobs(hidden[soft_rows], ids, weights)
+    logprobs = torch.zeros(len(rows), device=model.device).index_copy(0, soft_rows, sums)
+    if len(hard_rows):
+        logprobs = logprobs.index_copy(0, hard_rows, model.token_logprobs(hidden[hard_rows], hard_ids))
+    pairs = [(pair, n) for pair, n in zip(soft, lengths, strict=True) if pair is not None]
+    each = of_ids.split([n for _, n in pairs])
+    return logprobs, counts, [own[:, : pair[0].shape[1]] for own, (pair, _) in zip(each, pairs, strict=True)]
+
+
+def _stack_soft_targets(
+    soft: Sequence[tuple[Tensor, Tensor] | None], targets: Sequence[Sequence[bool]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(ids, weights) [soft target tokens, K] of a pass, K being the largest of its sequences'; others are padded."""
+    K = max(pair[0].shape[1] for pair in soft if pair is not None)
+    rows = []
+    for pair, target in zip(soft, targets, strict=True):
+        if pair is not None:
+            mask, padding = torch.tensor(target, dtype=torch.bool), (0, K - pair[0].shape[1])
+            ids = torch.nn.functional.pad(pair[0][mask], padding, value=IGNORE)
+            rows.append((ids, torch.nn.functional.pad(pair[1][mask], padding)))
+    ids, weights = to_device(device, *(torch.cat(parts).numpy() for parts in zip(*rows, strict=True)))
+    return ids, weights
 
 
 def forward_backward(
@@ -97,14 +138,26 @@ def _forward_backward_chunk(model: Model, data: Sequence[Datum], chunk: list[int
         adapter = data[group[0]].adapter
         adapter.allocate_optimizer_state()
         sequences = [data[i].token_ids for i in group]
-        batches.append(AdapterBatch(adapter, sequences, [[False, *[True] * (len(s) - 1)] for s in sequences]))
+        targets = [[False, *[True] * (len(s) - 1)] for s in sequences]
+        batches.append(AdapterBatch(adapter, sequences, targets, soft=[_soft_targets(data[i]) for i in group]))
     members = list(chain.from_iterable(by_adapter.values()))
-    joined, _ = target_logprobs(model, batches, recompute)
+    joined, _, of_ids = target_logprobs(model, batches, recompute)
     parts = joined.split([len(data[i].token_ids) - 1 for i in members])
     logprobs = dict(zip(members, parts, strict=True))
     losses = torch.stack([datum_loss(data[i], logprobs[i], f"data[{i}].loss") for i in chunk])
     losses.sum().backward()
+    soft = [i for i in members if data[i].target_ids is not None]
+    logprobs |= zip(soft, of_ids, strict=True)
     return [DatumResult(loss, logprobs[i].detach().cpu()) for i, loss in zip(chunk, losses.tolist(), strict=True)]
+
+
+def _soft_targets(datum: Datum) -> tuple[Tensor, Tensor] | None:
+    """The datum's soft targets as (ids, weights) [n, K], row 0 for the token that nothing predicts."""
+    if datum.target_ids is None:
+        return None
+    columns = (torch.as_tensor(datum.target_ids), torch.as_tensor(datum.weights, dtype=torch.float32))
+    ids, weights = (torch.nn.functional.pad(c, (0, 0, len(datum.token_ids) - len(c), 0)) for c in columns)
+    return ids.long(), weights
 
 
 def optim_step(steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
@@ -174,6 +227,13 @@ def _check_datum(datum: Datum, name: str, model: Model) -> None:
     require(
         callable(datum.loss) or datum.loss in known, f"{name}.loss", datum.loss, f"one of {list(known)} or a callable"
     )
+    if datum.target_ids is not None:
+        require(datum.loss == "cross_entropy", f"{name}.loss", datum.loss, "cross_entropy beside target_ids")
+        for field in ("old_logprobs", "advantages"):
+            require(getattr(datum, field) is None, f"{name}.{field}", getattr(datum, field), "None beside target_ids")
+        fields = (f"{name}.target_ids", f"{name}.weights")
+        check_soft_targets(datum.target_ids, datum.weights, (n, n - 1), model.config.vocab_size, fields)
+        return
     needed = {"old_logprobs", "advantages"} if datum.loss == "importance_sampling" else set()
     for field in ("weights", "old_logprobs", "advantages"):
         values = getattr(datum, field)

@@ -162,16 +162,18 @@ def test_training(engines, trained, recompute):
 
 
 def test_the_two_verbs_of_training(engines, adapters):
-    """Cross-entropy, importance sampling and a loss of the caller's own, then an optimizer step."""
+    """Cross-entropy, also against soft targets, importance sampling and a callable, then an optimizer step."""
     outcomes = []
     for i, engine in enumerate(engines.both()):
         a, b = adapters[0][i].copy(), adapters[1][i].copy()
         sampled = {"loss": "importance_sampling", "old_logprobs": [-3.0] * 4, "advantages": [1.0, -1.0, 0.5, 0.0]}
         data = [Datum(a, [1, 2, 3]), Datum(b, [4, 5, 6, 7, 8], **sampled), Datum(b, [9, 1], loss=lambda p: -p.sum())]
+        data.append(Datum(a, [6, 2, 8], target_ids=[[2, 5], [8, 1]], weights=[[0.7, 0.3], [1.5, -0.5]]))
         results = engine.forward_backward(data)
         losses, grads = torch.tensor([r.loss for r in results]), [a.grads.clone(), b.grads.clone()]
         norms = engine.optim_step([(a, AdamParams(learning_rate=1e-3)), (b, AdamParams(learning_rate=1e-3))])
-        outcomes.append([losses, *(r.logprobs for r in results), *grads, torch.tensor(norms), a.params, b.params])
+        logprobs = [result.logprobs for result in results]
+        outcomes.append([losses, *logprobs, *grads, torch.tensor(norms), a.params, b.params])
     for on_cpu, on_gpu in zip(*outcomes, strict=True):
         assert relative_error(on_gpu, on_cpu) < PARAMETER_SLACK * engines.bound
 

@@ -43,6 +43,7 @@ class KnowledgeConfig:
     data: str = setting("", "JSON of passages with questions, as SEAL publishes them")
     held_out_data: str = setting("", "passages to measure on, as data; default: the last ones of data")
     held_out_contexts: int = setting(50, "passages to measure on")
+    probe_data: str = setting("", "passages whose questions probe what the model knew before any edit, as data")
     prompt_template: str = setting("", "file: template of the prompt that the policy continues with a self-edit")
     question_template: str = setting("", "file: template of the question prompt")
     reading_template: str = setting("", "file: template of the question prompt with the passage in it")
@@ -140,15 +141,19 @@ class Knowledge:
         engine: Engine,
         train: Sequence[Passage] | None = None,
         held_out: Sequence[Passage] | None = None,
+        probe: Sequence[Passage] = (),
     ):
-        """train, held_out: in place of config's files."""
+        """train, held_out, probe: in place of config's files."""
         self.config = config
         self.engine = engine
         if train is None or held_out is None:
             train, held_out = _read_data(config)
         # Titles repeat, so a context's name has its number.
-        self.splits = {"train": _named("train", train), "held out": _named("held out", held_out)}
-        self.passages = self.splits["train"] | self.splits["held out"]
+        if config.probe_data:
+            probe = read_passages(config.probe_data)
+        splits = {"train": train, "held out": held_out, "probe": probe}
+        self.splits = {name: _named(name, passages) for name, passages in splits.items()}
+        self.passages = {name: passage for split in self.splits.values() for name, passage in split.items()}
         self.answer_params = SamplingParams(
             temperature=0, max_tokens=config.answer_tokens, stop=config.answer_stop or None
         )
@@ -228,7 +233,7 @@ class Knowledge:
         """No adapter; the passage in the prompt; the passage alone, once and passage_copies times."""
         made = {
             "no adapter": lambda c: [Candidate(c, None, self.questions(c))],
-            "passage in the prompt": lambda c: [Candidate(c, None, self._reading(c))],
+            "passage in the prompt": lambda c: [Candidate(c, None, self.reading(c))],
             "passage only": partial(self._passage_candidate, 1),
         }
         copies = self.config.passage_copies
@@ -256,7 +261,12 @@ class Knowledge:
         title = f"{passage.title}\n"
         return self.config.job(sequences if self.config.with_title else [s.removeprefix(title) for s in sequences])
 
-    def _reading(self, context: str) -> list[Prompt]:
+    def title(self, context: str) -> str:
+        """The passage's title."""
+        return self.passages[context].title
+
+    def reading(self, context: str) -> list[Prompt]:
+        """The passage's questions, with the passage."""
         return [self._fill("reading_template", context, q.question) for q in self.passages[context].questions]
 
     def _text(self, template: str, context: str, question: str = "") -> str:

@@ -1,0 +1,87 @@
+"""The page of the continual experiment."""
+
+from collections.abc import Mapping
+
+from seal_engine.loop.continual_results import PROBES, ContinualResult, interval
+from seal_engine.loop.ledger import Ledger
+from seal_engine.report.html import NONE, date, document, duration, figure, number, percent, table, text
+
+NO_PICTURES = "There are no pictures, as matplotlib is not installed: <code>pip install 'seal-engine[plot]'</code>"
+ABOUT = {
+    "forgetting": (
+        "Heat maps of accuracy by edits so far and passage, one per method.",
+        "Row 0 is the untrained model. A column is a passage, learned in the row of its number.",
+    ),
+    "age": ("Gain over the untrained model by how many edits came after.", ""),
+    "cost": (
+        "Tokens trained and bytes kept, by method.",
+        "What is merged or trained in place takes no room of its own.",
+    ),
+}
+
+
+def continual_pictures(result: ContinualResult) -> dict[str, bytes] | None:
+    """The pictures; None without matplotlib."""
+    try:
+        from seal_engine.report.continual_plots import draw_continual
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+            raise
+        return None
+    return draw_continual(result.methods)
+
+
+def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[str, bytes] | None, settings: str) -> str:
+    """The page as HTML. settings: its last section."""
+    shown = [figure(pictures[name], *ABOUT[name]) for name in ABOUT if pictures and name in pictures]
+    facts = [
+        ("began", date(ledger.started)),
+        ("sequences and passages", f"{result.sequences} x {result.passages}, {len(ledger.config['seeds'])} seeds"),
+        ("adapters trained", f"{result.adapters:,}"),
+        *((f"time: {name}", duration(seconds)) for name, seconds in result.seconds.items()),
+    ]
+    return document(
+        "One edit after another",
+        [
+            "<h2>Run</h2>\n" + table(("", ""), facts),
+            "<h2>What is learned and what is kept</h2>\n" + _measures(result),
+            "<h2>Pictures</h2>\n" + ("".join(shown) if pictures is not None else f"<p>{NO_PICTURES}</p>"),
+            "<h2>What else has changed</h2>\n" + _probes(result),
+            "<h2>Settings</h2>\n" + settings,
+        ],
+    )
+
+
+def _measures(result: ContinualResult) -> str:
+    lines = [
+        (
+            m.name,
+            *map(percent, (m.learned, m.kept, m.transfer)),
+            interval(m.over_merge),
+            interval(m.over_joint),
+            f"{m.tokens:,}",
+        )
+        for m in result.methods
+    ]
+    base = percent(result.untrained["accuracy"])
+    note = (
+        f"In percent; the untrained model has {base}. Learned: just after each edit. Kept: all passages after the last "
+        "edit. Transfer: change from the one to the other. Differences in the last column but one: of what is kept, in "
+        "points, with the 95% interval of a bootstrap over pairs of sequences."
+    )
+    heads = ("method", "learned", "kept", "transfer", "over merge", "over joint", "tokens trained")
+    return table(heads, lines, range(1, 7)) + f'<p class="note">{text(note)}</p>\n'
+
+
+def _probes(result: ContinualResult) -> str:
+    lines = [("untrained", *(percent(result.untrained[p]) for p in PROBES), "0", NONE)]
+    for m in result.methods:
+        routing = ", ".join(f"{kind} {percent(share)}" for kind, share in m.routing.items())
+        lines.append((m.name, *(percent(m.probes[p]) for p in PROBES), number(m.kl), routing or NONE))
+    note = (
+        "In percent. Reading: questions about other passages with the passage in the prompt. Knew: questions of no "
+        "passage. Writing: reward of self-edits written after the last edit. KL: from the untrained model, nats per "
+        "token, on its own texts."
+    )
+    heads = ("method", "reading", "knew", "writing", "KL", "routing")
+    return table(heads, lines, (1, 2, 3, 4)) + f'<p class="note">{text(note)}</p>\n'

@@ -1,0 +1,66 @@
+"""The page, table and pictures of the continual experiment, from a result that is written by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from seal_engine.loop.continual_results import ContinualResult, MethodResult, interval, table
+from seal_engine.report.continual_page import continual_page, continual_pictures
+
+MATRIX = [[0.0, 0.2], [0.8, None], [0.4, 0.6]]
+
+
+def method(name, **fields):
+    values = dict(
+        name=name, matrices=[MATRIX, MATRIX], learned=0.7, kept=0.5, transfer=-0.4, ages=[0.6, 0.4],
+        over_merge=(0.25, 0.1, 0.4), over_joint=None, probes={"reading": 1.0, "knowledge": 0.5, "writing": None},
+        kl=0.125, routing={}, tokens=300, bytes_kept=2048.0, factor=1.0,
+    )  # fmt: skip
+    return MethodResult(**values | fields)
+
+
+UNTRAINED = {"accuracy": 0.1, "reading": 1.0, "knowledge": 1.0, "writing": 0.5}
+RESULT = ContinualResult(
+    [method("merge", tokens=200), method("bank", routing={"routed": 0.75})], UNTRAINED, 2, 2, 8, {"everything": 61.0}
+)
+
+
+CONFIG = {"seeds": [0], "methods": ["merge", "bank"]}
+LEDGER = SimpleNamespace(started="2026-11-25T12:00:00.000+00:00", config=CONFIG)
+
+
+def test_the_table_has_percent_and_multiples_of_merge():
+    lines = table(RESULT).splitlines()
+    assert lines[1].split() == ["untrained", "10.0", "100.0", "100.0", "50.0", "0"]
+    assert lines[2].split()[:4] == ["merge", "70.0", "50.0", "-40.0"]
+    assert lines[3].split()[-3:] == ["50.0", "0.125", "1.50x"]
+    assert lines[4] == "bank: routed: 75.0"
+    assert interval((0.25, 0.1, 0.4)) == "+25.0 (+10.0 to +40.0)"
+    assert interval(None) == ""
+
+
+def test_the_page_shows_measures_and_probes():
+    page = continual_page(LEDGER, RESULT, None, "<p>settings</p>")
+    for shown in ("+25.0 (+10.0 to +40.0)", "routed 75.0", "0.125", "<p>settings</p>", "matplotlib is not installed"):
+        assert shown in page
+    assert "the untrained model has 10.0" in page
+
+
+def test_pictures_are_the_same_bytes_each_time_and_change_with_what_they_show():
+    """A single scale of colour: a matrix twice as high has another picture."""
+    pytest.importorskip("matplotlib")
+    first, again = continual_pictures(RESULT), continual_pictures(RESULT)
+    assert first == again
+    assert set(first) == {"forgetting", "age", "cost"}
+    assert all(picture.startswith(b"\x89PNG") for picture in first.values())
+    half = [[None if cell is None else cell / 2 for cell in row] for row in MATRIX]
+    other = ContinualResult([method("merge", matrices=[half])], UNTRAINED, 1, 2, 4)
+    assert continual_pictures(other)["forgetting"] != first["forgetting"]
+    page = continual_page(LEDGER, RESULT, first, "")
+    assert page.count("data:image/png;base64,") == 3
+
+
+def test_a_run_without_a_measured_step_has_no_pictures():
+    empty = ContinualResult([method("merge", kept=None)], UNTRAINED, 1, 2, 0)
+    pytest.importorskip("matplotlib")
+    assert continual_pictures(empty) == {}
