@@ -19,12 +19,13 @@ from time import perf_counter
 from typing import Any
 
 from seal_engine.engine import Engine
+from seal_engine.errors import RunError
 from seal_engine.loop.adapter_store import AdapterStore
 from seal_engine.loop.continual_config import ContinualConfig
 from seal_engine.loop.continual_data import SharedTexts
 from seal_engine.loop.continual_methods import Block, Lesson, Method, make_method
 from seal_engine.loop.continual_probes import UNTRAINED, probe_methods
-from seal_engine.loop.domain import PassageDomain, RunError, UngradedError
+from seal_engine.loop.domain import PassageDomain, UngradedError
 from seal_engine.loop.forgetting import Matrix, last_row
 from seal_engine.loop.inner import InnerLoop, derive_seed
 from seal_engine.loop.ledger import Ledger

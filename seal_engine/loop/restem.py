@@ -24,8 +24,9 @@ from time import perf_counter
 from typing import Any
 
 from seal_engine.engine import Engine
+from seal_engine.errors import RunError
 from seal_engine.loop.config import LoopConfig
-from seal_engine.loop.domain import Candidate, Domain, RunError
+from seal_engine.loop.domain import Candidate, Domain
 from seal_engine.loop.inner import InnerLoop, derive_seed
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, PolicyUpdate, SelfEdit

@@ -107,7 +107,7 @@ MISTAKES = {
     "no verb": ([], "required: VERB"),
     "unknown verb": (["fly"], "invalid choice: 'fly'"),
     "nothing else": (["plan"], "required: --model, --memory, --sequence-tokens"),
-    "unknown option": (["--speed", "1"], "unrecognized arguments: --speed 1"),
+    "unknown option": (["--speed", "1"], "--speed: unknown flag; see seal-engine plan --help"),
     "memory": (["--memory", "2QiB"], "argument --memory: found '2QiB'; accepted: a size such as 139GiB"),
     "negative memory": (["--memory=-1"], "argument --memory: found '-1'"),
     "too little memory": (["--memory", "1MiB"], "memory_bytes: found 1048576; accepted: at least"),

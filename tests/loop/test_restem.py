@@ -14,8 +14,9 @@ from statistics import fmean
 
 import pytest
 
+from seal_engine.errors import RunError
 from seal_engine.loop.config import LoopConfig
-from seal_engine.loop.domain import InvalidSelfEditError, RunError, SelfEditSource, UngradedError
+from seal_engine.loop.domain import InvalidSelfEditError, SelfEditSource, UngradedError
 from seal_engine.loop.inner import mean_accuracy
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import Trial

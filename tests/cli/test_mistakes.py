@@ -1,0 +1,97 @@
+"""What a person sees after a mistake: one line that says what was meant; and how soon help is there."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import seal_engine
+from command import ROOT
+from seal_engine.cli.main import VERBS, main
+from seal_engine.tiny import MODEL
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+
+
+def error(capsys, *arguments):
+    """The one line that a mistake gives, status 2 and nothing on stdout."""
+    assert main(list(map(str, arguments))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err.removeprefix("seal-engine: ").rstrip("\n")
+
+
+def test_version(capsys):
+    """The one number of the package, which pyproject.toml reads from there."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"seal-engine {seal_engine.__version__}\n"
+    assert 'version = { attr = "seal_engine.__version__" }' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "knowledge", "--out", "x", "--rouds", "3"], "--rouds: unknown flag; did you mean --rounds? See"),
+        (["run", "knowledge", "--rouds=3"], "--rouds: unknown flag; did you mean --rounds? See"),
+        (["demo", "--seed", "2"], "--seed: unknown flag; did you mean --seeds? See"),
+        (["demo", "--speed-of-light"], "--speed-of-light: unknown flag; see"),
+        (["report", "runs/a", "runs/b"], "runs/b: unknown argument; see"),
+    ],
+    ids=["typo", "typo before what is missing", "abbreviation", "nothing similar", "argument too many"],
+)
+def test_flags(arguments, message, capsys):
+    """The verb's own help is named, and the flag that is most like the typo; --seed is no abbreviation of --seeds."""
+    verb = "run knowledge" if arguments[0] == "run" else arguments[0]
+    assert error(capsys, *arguments) == f"{message} seal-engine {verb} --help"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demmo"], "did you mean demo? See seal-engine --help"),
+        (["run", "knowlege"], "did you mean knowledge? See seal-engine run --help"),
+        (["plan", "--recompute", "layers"], "did you mean layer? See seal-engine plan --help"),
+    ],
+    ids=["verb", "task", "choice"],
+)
+def test_names(arguments, message, capsys):
+    assert error(capsys, *arguments).endswith(message)
+
+
+def test_a_text_that_looks_like_a_flag_is_no_mistake(capsys):
+    """argparse takes what holds a space for a value, and everything after --."""
+    assert main(["generate", "--model", str(MODEL), "--max-tokens", "1", "--prompt", "--not a=flag"]) == 0
+    assert "--not a=flag" in capsys.readouterr().out
+    assert "--absent/ledger.sqlite: missing" in error(capsys, "report", "--", "--absent")
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_summaries_are_those_of_the_functions(name):
+    """Help is there without the modules of the verbs, so it has their first lines a second time."""
+    module, summary = VERBS[name]
+    assert getattr(__import__(f"seal_engine.cli.{module}", fromlist=[name]), name).__doc__.split("\n")[0] == summary
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demmo"]], ids=" ".join)
+def test_torch_is_not_imported_before_it_is_needed(arguments):
+    code = f"import sys; from seal_engine.cli.main import main\ntry: main({arguments})\n"
+    code += "finally: print(sorted({'torch', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_is_there_within_a_third_of_a_second():
+    """The fastest of five processes, as others may want the cores; it takes 0.1 s alone, and took 2 s with torch."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "seal_engine", "--help"], env=ENVIRONMENT, capture_output=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
