@@ -17,7 +17,7 @@ from seal_engine.domains.few_shot.puzzle_picture import write_puzzles
 from seal_engine.domains.few_shot.submission import write_submission
 from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
 from seal_engine.domains.knowledge.seal_files import write_result, write_sft
-from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
+from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig, validate_sizes
 from seal_engine.engine import Engine
 from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.continual import Continual, validate_continual
@@ -174,6 +174,8 @@ def start(
     files = {name: _digest(values[name]) for name in FILES if values.get(name)}
     files |= {f"policies[{i}]": _digest(path) for i, path in enumerate(values.get("policies", ()))}
     settings = asdict(engine_config) | asdict(loop) | asdict(own)
+    if isinstance(own, KnowledgeConfig) and isinstance(loop, LoopConfig) and own.data and loop.rounds:
+        validate_sizes(own, loop.contexts)
     engine = Engine.from_pretrained(
         engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic
     )

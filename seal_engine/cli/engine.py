@@ -312,7 +312,8 @@ def _json_line(line: str, place: str) -> Any:
     fields = {name: given[name] for name in LINE_FIELDS if given.get(name) is not None}
     valid = all(isinstance(field, LINE_FIELDS[name]) for name, field in fields.items())
     if not valid or set(fields) not in ({"text"}, {"messages"}, {"prompt", "completion"}):
-        raise InputError(f"{place}: found {value!r:.80}; accepted: {LINES}")
+        keys = f" with the keys {', '.join(map(repr, given))}" if given else ""
+        raise InputError(f"{place}: found {value!r:.80}{keys}; accepted: {LINES}")
     for name in ("tools", "chat_template_kwargs"):
         if given.get(name):  # other keys are columns of the data set; these change what is trained on
             raise InputError(f"{place}: {name}: found {given[name]!r:.80}; accepted: none")

@@ -1,5 +1,6 @@
 """What a person sees after a mistake: one line that says what was meant; and how soon help is there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,55 @@ def test_a_text_that_looks_like_a_flag_is_no_mistake(capsys):
     assert main(["generate", "--model", str(MODEL), "--max-tokens", "1", "--prompt", "--not a=flag"]) == 0
     assert "--not a=flag" in capsys.readouterr().out
     assert "--absent/ledger.sqlite: missing" in error(capsys, "report", "--", "--absent")
+
+
+def test_a_missing_key_names_the_keys_that_are_there(tmp_path, capsys):
+    """Of a passage, of a line of training data, and of a file of settings, each with a typo."""
+    run = ["run", "knowledge", "--model", MODEL, "--out", tmp_path / "run"]
+    data = tmp_path / "data.json"
+    data.write_text('[{"titel": "Ann", "context": "Ann sails.", "questions": []}]')
+    message = error(capsys, *run, "--data", data)
+    assert message.startswith(f"{data}: [0].title: found nothing; accepted: text that is not blank; ")
+    assert message.endswith("; the keys there: 'titel', 'context', 'questions'; did you mean titel?")
+    lines = tmp_path / "data.jsonl"
+    lines.write_text('{"txt": "Ann sails."}')
+    message = error(capsys, "train", "--model", MODEL, "--data", lines, "--out", tmp_path / "out")
+    assert " with the keys 'txt'; accepted: a text" in message
+    settings = tmp_path / "run.toml"
+    settings.write_text("seads = [0]")
+    assert "seads: not a setting; did you mean seeds?" in error(capsys, *run, "--config", settings)
+
+
+PASSAGES = [
+    {"title": f"{i}", "context": f"Ann has {i} dogs.", "questions": [{"question": "How many?", "answer": f"{i}"}]}
+    for i in range(6)
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "end"),
+    [
+        ([], "6 passages: try --contexts 4 --held-out-contexts 2"),
+        (["--contexts", "3"], "6 passages: try --contexts 3 --held-out-contexts 2"),
+        (["--held-out-contexts", "1"], "6 passages: try --contexts 4 --held-out-contexts 1"),
+        (["--held-out-data"], "6 passages and 6 held out: try --contexts 6 --held-out-contexts 6"),
+    ],
+    ids=["both too large", "held out too large", "contexts too large", "a file of their own"],
+)
+def test_sizes_come_together_with_flags_that_work(flags, end, tmp_path, capsys):
+    """The published 50 and 50 are more than six passages; two thirds to learn and a third to measure are not.
+
+    With the flags the message is another one: of the model, which is read after the sizes.
+    """
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(PASSAGES))
+    run = ["run", "knowledge", "--model", tmp_path / "absent", "--data", data, "--out", tmp_path / "run", *flags]
+    if flags == ["--held-out-data"]:
+        run.append(data)
+    message = error(capsys, *run)
+    assert message.startswith("contexts: found ")
+    assert message.endswith(end)
+    assert error(capsys, *run, *end.partition("try ")[2].split()).startswith(f"{tmp_path / 'absent'}: not a directory")
 
 
 @pytest.mark.parametrize("name", VERBS)
