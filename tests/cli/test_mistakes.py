@@ -75,7 +75,7 @@ def test_a_missing_key_names_the_keys_that_are_there(tmp_path, capsys):
     """Of a passage, of a line of training data, and of a file of settings, each with a typo."""
     run = ["run", "knowledge", "--model", MODEL, "--out", tmp_path / "run"]
     data = tmp_path / "data.json"
-    data.write_text('[{"titel": "Ann", "context": "Ann sails.", "questions": []}]')
+    data.write_text('[{"titel": "Ann", "context": "b", "questions": [{"question": "c", "answer": "d"}]}]')
     message = error(capsys, *run, "--data", data)
     assert message.startswith(f"{data}: [0].title: found nothing; accepted: text that is not blank; ")
     assert message.endswith("; the keys there: 'titel', 'context', 'questions'; did you mean titel?")
