@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ PLAN_DEFAULTS = {  # what a plan can be asked about, and a forecast cannot
     "rank": 8, "alpha": None, "targets": "q_proj,v_proj", "sequence_tokens": None, "adapters": None, "tokens": 8192,
     "dtype": None, "cpu": False, "recompute": "auto",
 }  # fmt: skip
+ADAPTER_CONFIG = "adapter_config.json"  # a directory with it is an adapter in PEFT's format
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -267,27 +269,38 @@ def train(options: argparse.Namespace) -> None:
     report, failed = {}, []
     for file, result in zip(files, engine.train(jobs, progress=not options.quiet), strict=True):
         error = None if result.error is None else rename_field(result.error, FLAGS)
+        place = None
         if result.adapter is not None:
             try:
                 result.adapter.save(out / file.stem)
+                place = out / file.stem
             except InputError as failure:  # such as a full disk: the others may still be written
                 error = str(failure)
         if error is not None:
             failed.append(f"{file}: {error}")
-        loss = result.losses[-1] if result.losses else None
+        first, last = (result.losses[0], result.losses[-1]) if result.losses else (None, None)
         report[str(file)] = {
+            "adapter": None if place is None else str(place),
             "steps": result.num_steps,
             "tokens": result.num_tokens,
-            "loss": loss,
+            "first_loss": first,
+            "loss": last,
             "error": error,
         }
         if not options.quiet:
-            shown = error or f"{result.num_steps} steps, {result.num_tokens} tokens, last loss {loss:.4f}"
-            print(f"{file}: {shown}")
+            work = f"{result.num_steps} steps, {result.num_tokens} tokens, loss {_losses(first, last)}"
+            print(f"{file}: {error or f'{work}; adapter in {place}'}")
+        if error is None and first is not None and last is not None and result.num_steps > 1 and not last < first:
+            print(f"seal-engine: warning: {file}: nothing was learned: loss {_losses(first, last)}", file=sys.stderr)
     if options.json:
         print(json.dumps({"out": str(out), "adapters": report}))
     if failed:
         raise InputError("; ".join(failed))
+
+
+def _losses(first: float | None, last: float | None) -> str:
+    """The first loss and the last one."""
+    return "none" if first is None or last is None else f"{first:.4f} to {last:.4f}"
 
 
 def read_sequences(file: Path) -> list[Any]:
@@ -354,6 +367,7 @@ def generate(options: argparse.Namespace) -> None:
     prompts = [*options.prompt, *(read_sequences(Path(options.prompts)) if options.prompts else [])]
     if not prompts:
         raise InputError("--prompt: found none; accepted: at least one --prompt TEXT, or --prompts FILE")
+    directories = [str(_adapter_directory(Path(name))) for name in options.adapter]
     engine = _engine(options)
     given = {name: value for name in SAMPLING_FLAGS if (value := getattr(options, name)) is not None}
     if options.sampling_defaults == "model":
@@ -366,8 +380,8 @@ def generate(options: argparse.Namespace) -> None:
     if options.chat:
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         prompts = [engine.tokenizer.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-    adapters = [engine.load_adapter(directory) for directory in options.adapter] or [None]
-    names = options.adapter or [None]
+    adapters = [engine.load_adapter(directory) for directory in directories] or [None]
+    names = directories or [None]
     asked = [(prompt, name, adapter) for name, adapter in zip(names, adapters, strict=True) for prompt in prompts]
     progress = not options.quiet
     outputs = engine.generate([p for p, _, _ in asked], params, [a for _, _, a in asked], progress=progress)
@@ -381,6 +395,17 @@ def generate(options: argparse.Namespace) -> None:
     errors = [output.error for output in outputs if output.error]
     if errors:
         raise InputError(f"{len(errors)} of {len(outputs)} prompts failed: {errors[0]}")
+
+
+def _adapter_directory(directory: Path) -> Path:
+    """The directory of an adapter: the one that is named, or the only one in it, as `train` writes them."""
+    if (directory / ADAPTER_CONFIG).exists():
+        return directory
+    inside = sorted(file.parent for file in directory.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inside) > 1:
+        names = ", ".join(map(str, inside))
+        raise InputError(f"--adapter: found {len(inside)} adapters in {directory}; accepted: one of {names}")
+    return inside[0] if inside else directory
 
 
 def _shown(output: RequestOutput, adapter: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -118,6 +119,51 @@ def test_sizes_come_together_with_flags_that_work(flags, end, tmp_path, capsys):
     assert message.startswith("contexts: found ")
     assert message.endswith(end)
     assert error(capsys, *run, *end.partition("try ")[2].split()).startswith(f"{tmp_path / 'absent'}: not a directory")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Two files to train on, where their adapters go, and the command."""
+    files, out = [tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out"
+    for file in files:
+        file.write_text("A line.\nAnother.\n")
+    command = ["train", "--model", MODEL, "--rank", "2", "--epochs", "2", "--out", out, "--data"]
+    return files, out, list(map(str, command))
+
+
+def test_train_says_where_adapters_went_and_how_the_loss_fell(trained, capsys):
+    files, out, command = trained
+    assert main([*command, str(files[0]), "--json"]) == 0
+    printed = capsys.readouterr()
+    line, report = printed.out.splitlines()
+    values = json.loads(report)["adapters"][str(files[0])]
+    assert line.endswith(f", loss {values['first_loss']:.4f} to {values['loss']:.4f}; adapter in {out / 'a'}")
+    assert values["adapter"] == str(out / "a")
+    assert (out / "a/adapter_config.json").exists()
+    assert values["loss"] < values["first_loss"]
+    assert printed.err == ""
+
+
+def test_train_warns_when_nothing_was_learned(trained, capsys):
+    """A learning rate that changes no weight leaves the loss of each line what it was: one file of equal lines."""
+    files, _, command = trained
+    files[0].write_text("A line.\nA line.\n")
+    assert main([*command, str(files[0]), "--learning-rate", "1e-30"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"seal-engine: warning: {files[0]}: nothing was learned: loss ")
+    assert err.count("\n") == 1
+
+
+def test_generate_finds_the_only_adapter_one_level_down_or_lists_them(trained, capsys):
+    files, out, command = trained
+    generate = ["generate", "--model", str(MODEL), "--prompt", "A", "--max-tokens", "1", "--adapter", str(out)]
+    assert main([*command, str(files[0])]) == 0
+    capsys.readouterr()
+    assert main(generate) == 0
+    assert f"[{out / 'a'}]" in capsys.readouterr().out
+    shutil.copytree(out / "a", out / "b")
+    message = error(capsys, *generate)
+    assert message == f"--adapter: found 2 adapters in {out}; accepted: one of {out / 'a'}, {out / 'b'}"
 
 
 @pytest.mark.parametrize("name", VERBS)
