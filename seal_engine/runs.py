@@ -29,6 +29,7 @@ from seal_engine.loop.records import EVALUATION, ROUND, Phase
 from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS, ReSTEM, validate_run
 from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
+from seal_engine.progress import write_line
 from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
@@ -153,7 +154,7 @@ def start(
     task: str,
     values: Mapping[str, Any],
     out: str | Path,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = write_line,
     progress: bool = True,
 ) -> Path:
     """Run a task with the given settings, or go on with the run in `out`; returns its directory.
@@ -197,7 +198,7 @@ def start(
         return ledger.directory
 
 
-def resume(directory: str | Path, log: Callable[[str], None] = print, progress: bool = True) -> Path:
+def resume(directory: str | Path, log: Callable[[str], None] = write_line, progress: bool = True) -> Path:
     """Go on with a run, from its directory alone."""
     with Ledger.read(directory) as ledger:
         settings = dict(ledger.config)

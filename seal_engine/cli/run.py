@@ -12,6 +12,7 @@ from seal_engine.domains.knowledge.results import select as select_kept
 from seal_engine.domains.knowledge.seal_files import read_result, write_sft
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.settings import add_flags, read_toml
+from seal_engine.progress import write_line
 from seal_engine.report.page import write_report
 from seal_engine.tiny.continual_demo import POLICY_ROUNDS
 from seal_engine.tiny.pretrain import Recipe, train_tiny
@@ -26,7 +27,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _shown(options: argparse.Namespace) -> tuple[Callable[[str], None], bool]:
     """Where lines go, and whether there are bars."""
-    return (lambda _: None) if options.quiet else print, not options.quiet
+    return (lambda _: None) if options.quiet else write_line, not options.quiet
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, PolicyU
 from seal_engine.loop.selection import Key, rewards_of, select
 from seal_engine.loop.steps import CheckpointedSteps
 from seal_engine.model.adapters import Adapter
+from seal_engine.progress import reporting, write_line
 from seal_engine.training.jobs import TrainSequence
 from seal_engine.types import require
 
@@ -63,7 +64,7 @@ class ReSTEM:
         domain: Domain,
         config: LoopConfig,
         ledger: Ledger,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = write_line,
         progress: bool = True,
     ):
         """log: takes one line of text on what has been measured. progress: bars for what takes over a second."""
@@ -91,6 +92,16 @@ class ReSTEM:
         validate_run(self.domain, self.config)
         rounds = range(1, self.config.rounds + 1)
         phases = [Phase(ROUND, r) for r in rounds] + [Phase(EVALUATION, r) for r in (0, *rounds)]
+        count, done = len(self.config.seeds) * len(phases), self._num_finished(phases)
+        with reporting(count, "unit", "Run", self.progress, initial=done) as report:
+            self._run_seeds(phases, lambda: report(self._num_finished(phases)))
+
+    def _num_finished(self, phases: Sequence[Phase]) -> int:
+        """How many of the phases are recorded, of all seeds together."""
+        return sum(self._steps_of(seed).finished(phase) for seed in self.config.seeds for phase in phases)
+
+    def _run_seeds(self, phases: Sequence[Phase], report: Callable[[], None]) -> None:
+        """report: called when a phase is finished."""
         for i, seed in enumerate(self.config.seeds):
             self.steps = self._steps_of(seed)
             if all(map(self.steps.finished, phases)):
@@ -99,10 +110,13 @@ class ReSTEM:
                 self.engine.reload()
             self.policy = None
             self.evaluate_policy(0)
-            for round_number in rounds:
+            report()
+            for round_number in range(1, self.config.rounds + 1):
                 rewards = self.e_step(round_number)
                 self.m_step(round_number, rewards)
+                report()
                 self.evaluate_policy(round_number)
+                report()
 
     def e_step(self, round_number: int) -> dict[Key, float | None]:
         """Sample self-edits for the round's contexts, train an adapter on each, question it: rewards by self-edit."""
