@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from seal_engine.engine import Engine
 from seal_engine.files import read_json, read_text
 from seal_engine.forecast.forecast import Forecast, as_json, forecast_round
@@ -112,7 +114,16 @@ def plan(options: argparse.Namespace) -> None:
         matrix_rate=options.matrix_rate,
         bandwidth=options.bandwidth,
     )
+    print(_plan_answer(made, config, options))
     print(_plan_table(made, options.memory))
+    sequence_bytes = _kv_bytes(config, options)
+    if made.kv_bytes < sequence_bytes:
+        print(
+            f"seal-engine: warning: no room for sampling: a sequence of {options.sequence_tokens} tokens takes "
+            f"{sequence_bytes / 2**30:.2f} GiB of K/V cache, and {made.kv_bytes / 2**30:.2f} GiB are left; "
+            "plan with fewer --adapters",
+            file=sys.stderr,
+        )
     if options.json:
         speed = {"step_seconds": made.step_seconds, "tokens_per_second": made.tokens / made.step_seconds}
         print(json.dumps({"memory_bytes": options.memory, **asdict(made), **speed}))
@@ -145,6 +156,24 @@ def _read_config(model: str | None) -> ModelConfig:
     if path.suffix == ".json":
         return ModelConfig.from_dict(read_json(path), str(path))
     return ModelConfig.from_directory(path)
+
+
+def _plan_answer(made: Plan, config: ModelConfig, options: argparse.Namespace) -> str:
+    """What was asked, and what was assumed and why."""
+    dtype = options.dtype or {dtype: name for name, dtype in DTYPES.items()}.get(config.dtype, "float32")
+    why = "--dtype" if options.dtype else "config.json" if config.dtype else "config.json names none"
+    device = "CPU (--cpu)" if options.cpu else f"GPU ({f'--gpu {options.gpu}' if options.gpu else 'no --cpu'})"
+    count = f"{made.adapters} adapter{'s' if made.adapters > 1 else ''}"
+    return (
+        f"{count} in training at once, {made.tokens / made.step_seconds:,.0f} tokens a second, "
+        f"limited by {made.limit}\nassumed: {device}, base weights in {dtype} ({why})\n"
+    )
+
+
+def _kv_bytes(config: ModelConfig, options: argparse.Namespace) -> int:
+    """Bytes of K/V cache of one sequence of --sequence-tokens."""
+    dtype = torch.float32 if options.cpu else DTYPES.get(options.dtype) or config.dtype or torch.float32
+    return 2 * config.num_hidden_layers * config.key_value_size * options.sequence_tokens * dtype.itemsize
 
 
 def _plan_table(made: Plan, memory_bytes: int) -> str:

@@ -82,7 +82,8 @@ def test_a_config_alone_and_the_table(model, tmp_path, capsys):
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     assert main(plan(tmp_path / "config.json")) == 0
     lines = capsys.readouterr().out.splitlines()
-    memory_rows = lines[1 : lines.index("")]
+    table = lines[lines.index("") + 1 :]
+    memory_rows = table[1 : table.index("")]
     assert len(memory_rows) == 8
     assert sum(float(row.split()[-1]) for row in memory_rows) == pytest.approx(2, abs=0.04)
     rows = {line[:50].strip(): line.split()[-1] for line in lines if line}

@@ -166,6 +166,31 @@ def test_generate_finds_the_only_adapter_one_level_down_or_lists_them(trained, c
     assert message == f"--adapter: found 2 adapters in {out}; accepted: one of {out / 'a'}, {out / 'b'}"
 
 
+@pytest.mark.parametrize(
+    ("flags", "assumed"),
+    [
+        ([], "assumed: GPU (no --cpu), base weights in bfloat16 (config.json)"),
+        (["--cpu", "--dtype", "float32"], "assumed: CPU (--cpu), base weights in float32 (--dtype)"),
+    ],
+    ids=["by default", "flags"],
+)
+def test_plan_puts_the_answer_first_and_says_what_it_assumed(flags, assumed, capsys):
+    """The shipped model's config.json names bfloat16."""
+    plan = ["plan", "--model", str(MODEL), "--memory", "1GiB", "--sequence-tokens", "50", "--adapters", "3", *flags]
+    assert main(plan) == 0
+    printed = capsys.readouterr()
+    answer, assumption = printed.out.splitlines()[:2]
+    assert answer.startswith("3 adapters in training at once, ")
+    assert assumption == assumed
+    assert printed.err == ""
+
+
+def test_plan_warns_when_sampling_has_no_room(capsys):
+    """As many adapters as fit leave less than an adapter's state, here less than the K/V of a thousand tokens."""
+    assert main(["plan", "--model", str(MODEL), "--memory", "1GiB", "--sequence-tokens", "8192"]) == 0
+    assert capsys.readouterr().err.startswith("seal-engine: warning: no room for sampling: ")
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_summaries_are_those_of_the_functions(name):
     """Help is there without the modules of the verbs, so it has their first lines a second time."""
