@@ -160,7 +160,7 @@ def _read_config(model: str | None) -> ModelConfig:
 
 def _plan_answer(made: Plan, config: ModelConfig, options: argparse.Namespace) -> str:
     """What was asked, and what was assumed and why."""
-    dtype = options.dtype or {dtype: name for name, dtype in DTYPES.items()}.get(config.dtype, "float32")
+    dtype = options.dtype or str(config.dtype or torch.float32).removeprefix("torch.")
     why = "--dtype" if options.dtype else "config.json" if config.dtype else "config.json names none"
     device = "CPU (--cpu)" if options.cpu else f"GPU ({f'--gpu {options.gpu}' if options.gpu else 'no --cpu'})"
     count = f"{made.adapters} adapter{'s' if made.adapters > 1 else ''}"
@@ -172,7 +172,8 @@ def _plan_answer(made: Plan, config: ModelConfig, options: argparse.Namespace) -
 
 def _kv_bytes(config: ModelConfig, options: argparse.Namespace) -> int:
     """Bytes of K/V cache of one sequence of --sequence-tokens."""
-    dtype = torch.float32 if options.cpu else DTYPES.get(options.dtype) or config.dtype or torch.float32
+    base = DTYPES[options.dtype] if options.dtype else config.dtype or torch.float32
+    dtype = torch.float32 if options.cpu else base
     return 2 * config.num_hidden_layers * config.key_value_size * options.sequence_tokens * dtype.itemsize
 
 
