@@ -34,8 +34,10 @@ def _multiplies_float32_faster() -> bool:
         return False
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether packing serves this matrix at all."""
+def can_pack(weight: object) -> bool:
+    """Whether packing serves this matrix at all: a large tensor of floats on a CPU."""
+    if not isinstance(weight, Tensor):
+        return False
     fits = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32) and is_available()
     return fits and weight.dim() == 2 and weight.numel() >= MIN_ELEMENTS and weight.is_contiguous()
 

@@ -138,8 +138,8 @@ class Datum:
     loss "cross_entropy": -sum_i weights[i] logp(token i). "importance_sampling", "ppo", "cispo" or "dro": losses of
     old_logprobs and advantages, each token's times weights[i] (losses.py has the formulas); loss_config: their
     settings, clip_low and clip_high of r, or beta. Or any function of the [n - 1] float32 log-probabilities of tokens
-    1 .. n - 1 to a scalar tensor. Per-token fields have n entries (the first, of a token that nothing predicts, is not used) or
-    n - 1. weights None: each 1 / (n - 1), the mean.
+    1 .. n - 1 to a scalar tensor. Per-token fields have n entries (the first, of a token that nothing predicts, is not
+    used) or n - 1. weights None: each 1 / (n - 1), the mean.
 
     target_ids: soft targets for "cross_entropy", K ids for each of n or n - 1 tokens in place of the tokens themselves;
     weights, of the same shape and any sign, are then needed, and the loss is minus the sum over i and k of
