@@ -25,6 +25,7 @@ from seal_engine.model.devices import free_memory, on_device, parse_device, pars
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.peft_config import read_peft_config
 from seal_engine.model.pretrained import open_pretrained
+from seal_engine.model.quantize import parse_quantize
 from seal_engine.model.tokenizer import Tokenizer
 from seal_engine.model.transformer import Model
 from seal_engine.plan import RECOMPUTE, Plan, make_plan, training_memory
@@ -73,6 +74,7 @@ class Engine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         deterministic: bool = False,
+        quantize: str | None = None,
     ) -> "Engine":
         """Load a checkpoint (Llama 2/3, Mistral, Qwen2/2.5, Qwen3): a Hugging Face directory or a GGUF file.
 
@@ -80,12 +82,14 @@ class Engine:
         dtype: "auto" (as the checkpoint says), "float32", "float16", "bfloat16" or a torch.dtype: of the parameters. A
         GGUF file's quantised tensors become float32 where it is "auto".
         On a CPU, activations are float32 whatever the parameters are, but for `Model.mlp_dtype`.
+        quantize: "int8" (a scale per output) or "nf4" (blocks of 64): of the linears, while they are loaded; the base
+        can then be trained on and sampled from, not merged into or saved. FP8 and bitsandbytes' NF4 stay as stored.
         deterministic: an adapter trained alone and among any others comes out the same bit for bit (on a CPU), not
         only to float32 rounding.
         Raises InputError (a ValueError) naming the file and field for anything that cannot be loaded.
         """
         path = parse_path(path)
-        model = load_model(path, parse_dtype(dtype), parse_device(device))
+        model = load_model(path, parse_dtype(dtype), parse_device(device), parse_quantize(quantize))
         engine = Engine(model, path, deterministic=deterministic)
         if engine.has_tokenizer:
             _ = engine.tokenizer  # a broken tokenizer is refused now; a missing one when text is first used
@@ -162,8 +166,11 @@ class Engine:
     def merge(self, adapter: Adapter) -> None:
         """Add the adapter to the base for good: W += scale (A^T B)^T, in float32, then in the base's dtype.
 
-        Raises InputError, before anything is changed, where a weight would not be finite.
+        Raises InputError, before anything is changed, where a weight would not be finite, and for a quantised base.
         """
+        if self.model.quantization is not None:
+            found = f"a base quantised to {self.model.quantization.kind}"
+            raise InputError(f"merge: found {found}; accepted: one in floats; here an update stays an adapter")
         if not isinstance(adapter, Adapter):
             raise InputError(f"adapter: found {show(adapter)}; accepted: an Adapter")
         adapter.check_model(self.config, "adapter")
@@ -378,7 +385,8 @@ class Engine:
         """What fits and how long a step should take; see `plan.make_plan`. memory_bytes None: this device's."""
         cpu = self.model.device.type == "cpu"
         memory = memory_bytes or total_memory(self.model.device)
-        return make_plan(self.config, lora, memory, sequence_tokens, dtype=self.model.dtype, cpu=cpu, **options)
+        options = {"dtype": self.model.dtype, "quantization": self.model.quantization, "cpu": cpu, **options}
+        return make_plan(self.config, lora, memory, sequence_tokens, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model, its config and its tokenizer files so that Transformers and this engine load them.

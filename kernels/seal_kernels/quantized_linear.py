@@ -314,7 +314,7 @@ def _forward_cpu(x: Tensor, weight: QuantizedWeight, dtype: torch.dtype, few: bo
     x = x.to(_product_dtype(x, weight))
     if few and x.dtype == torch.bfloat16 and weight.format.kind == "int8":
         scales = weight.scales[:, 0].bfloat16()  # which they are already: see model/quantize.py
-        return torch._weight_int8pack_mm(x.contiguous(), weight.codes, scales).to(dtype)
+        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.codes, scales).to(dtype)
     y = x.new_empty(len(x), len(weight.codes), dtype=dtype)
     for rows, wide in _slices(weight, x.dtype):
         multiply(x, wide, y[:, rows])

@@ -21,21 +21,28 @@ from seal_engine.files import complete_directory, read_json
 from seal_engine.model.config import DTYPES, ModelConfig
 from seal_engine.model.gguf import GGUFFile, is_gguf
 from seal_engine.model.gguf_config import ROPE_FACTORS, hugging_face_name, read_gguf_config, row_order
+from seal_engine.model.quantize import QuantizingSource, gather_codes
 from seal_engine.model.sources import FloatSource, MappedFiles, Source, StoredTensor
 from seal_engine.model.transformer import Model
 from seal_engine.types import InputError
+from seal_kernels.quantized_linear import QuantizedWeight, WeightFormat
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}  # beside those, where config.json says quantised
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint directory by name, from its single file, else its index. Reads headers only."""
+def stored_tensors(directory: Path, quantized: bool = False) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint directory by name, from its single file, else its index. Reads headers only.
+
+    quantized: tensors may be codes.
+    """
+    dtypes = SAFETENSORS_DTYPES | (CODE_DTYPES if quantized else {})
     index, single = directory / INDEX, directory / "model.safetensors"
     if single.exists():  # as in Transformers, it goes before an index that an earlier save may have left
-        return _read_header(single)
+        return _read_header(single, dtypes)
     if not index.exists():
         found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
         raise InputError(f"{directory}: found {found}; accepted: model.safetensors or {INDEX} with its shards")
@@ -47,7 +54,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise InputError(f"{index}: weight_map: {name}: found {shard!r}; accepted: a .safetensors file name")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, stored in _read_header(directory / shard).items():
+        for name, stored in _read_header(directory / shard, dtypes).items():
             if name in tensors:  # the index and Transformers, which takes the last, could disagree
                 raise InputError(f"{stored.file}: tensor {name} is in {tensors[name].file.name}, too")
             tensors[name] = stored
@@ -57,7 +64,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt"):  # checks the header, the offsets and the file's length
             pass
@@ -71,25 +78,31 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            accepted = sorted(SAFETENSORS_DTYPES)
+        if entry["dtype"] not in dtypes:
+            accepted = sorted(dtypes)
             raise InputError(f"{file}: tensor {name}: found dtype {entry['dtype']}; accepted: one of {accepted}")
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        dtype = dtypes[entry["dtype"]]
         tensors[name] = StoredTensor(file, name, dtype, tuple(entry["shape"]), start, stop)
     return tensors
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device) -> Model:
+def load_model(
+    path: str | Path, dtype: torch.dtype | None, device: torch.device, quantization: WeightFormat | None = None
+) -> Model:
     """The model of a Hugging Face checkpoint directory or of a GGUF file.
 
     dtype None: as config.json says, else as the tensors are; of a GGUF file as its matrices are, float32 where they are
-    quantised. Raises InputError (a ValueError) naming the file and the tensor: missing or truncated shards, missing or
-    unknown tensors, wrong shapes or dtypes.
+    quantised. quantization: what linears are quantised to; None: as they are stored. Raises InputError (a ValueError)
+    naming the file and the tensor: missing or truncated shards, missing or unknown tensors, wrong shapes or dtypes.
     """
     path = Path(path)
     config, sources = _read_checkpoint(path)
-    model = Model(config, dtype or config.dtype or torch.float32, device)
+    if config.quantization is not None and quantization is not None:
+        found = f"{quantization.kind!r} for weights that are stored as {config.quantization.kind}"
+        raise InputError(f"{path}: quantize: found {found}; accepted: None")
+    quantization = quantization or config.quantization
+    model = Model(config, dtype or config.dtype or torch.float32, device, quantization)
     _fill(model, sources, path)
     return model
 
@@ -112,10 +125,14 @@ def _read_checkpoint(path: Path, config: ModelConfig | None = None) -> tuple[Mod
                 f"{path / 'adapter_config.json'}: an adapter beside a model's weights, which Transformers would apply "
                 "to them; accepted: directories of their own, and Engine.load_adapter"
             )
-    config, stored = _matched(config, stored_tensors(path))
+    form = config.quantization
+    config, stored = _matched(config, stored_tensors(path, quantized=form is not None))
     if config.dtype is None and stored:
-        config = replace(config, dtype=next(iter(stored.values())).dtype)
+        floats = (tensor.dtype for tensor in stored.values() if tensor.dtype in DTYPES.values())
+        config = replace(config, dtype=next(floats, None))
     sources: dict[str, Source] = {name: FloatSource(tensor) for name, tensor in stored.items()}
+    if form is not None:
+        sources = gather_codes(stored, form)
     _check(config, sources, path)
     return config, sources
 
@@ -177,6 +194,8 @@ def _fill(model: Model, sources: Mapping[str, Source], path: Path) -> None:
         MappedFiles() as files,
     ):
         for source, view in places:
+            if isinstance(view, QuantizedWeight) and isinstance(source, FloatSource):
+                source = QuantizingSource(source)
             source.fill(files, view)
             progress.update(view.nbytes)
 
@@ -222,8 +241,12 @@ def _described_by(path: Path) -> str:
 def save_model(model: Model, directory: str | Path, write_companions: Callable[[Path], None] | None = None) -> None:
     """Write a checkpoint that Transformers loads: config.json, safetensors, and what write_companions writes.
 
-    directory must be new or empty: InputError otherwise. It appears complete or not at all.
+    directory must be new or empty: InputError otherwise. It appears complete or not at all. InputError for a quantised
+    model, whose weights are no longer those of its checkpoint.
     """
+    if model.quantization is not None:
+        found = f"a base quantised to {model.quantization.kind}"
+        raise InputError(f"save_pretrained: found {found}; accepted: one in floats; adapters can be saved")
     with complete_directory(Path(directory)) as partial:
         config = dict(model.config.raw)
         config.pop("dtype", None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seal_engine.model.gguf import StoredGGUFTensor
+from seal_kernels.linear import FrozenWeight
 
 PIECE_ELEMENTS = 1 << 22  # of a tensor that are converted at a time
 
@@ -94,7 +95,7 @@ class Source(Protocol):
         """Where in the file it begins."""
         ...
 
-    def fill(self, files: MappedFiles, parameter: Tensor) -> None:
+    def fill(self, files: MappedFiles, parameter: FrozenWeight) -> None:
         """Copy the numbers to a parameter of this shape."""
         ...
 
@@ -122,7 +123,8 @@ class FloatSource:
     def start(self) -> int:
         return self.stored.start
 
-    def fill(self, files: MappedFiles, parameter: Tensor) -> None:
+    def fill(self, files: MappedFiles, parameter: FrozenWeight) -> None:
+        assert isinstance(parameter, Tensor)
         for first, last, values in self.pieces(files):
             rows = slice(first, last) if self.row_order is None else self.row_order[first:last].to(parameter.device)
             parameter[rows] = values.to(parameter.device, parameter.dtype)

@@ -8,6 +8,7 @@ matrix: q/k/v, and gate/up. Everything about the batch is an argument; the model
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
 from seal_kernels.cross_entropy import token_logprobs
-from seal_kernels.linear import INVARIANT_ROWS, frozen_linear, multiplies_bfloat16
+from seal_kernels.linear import INVARIANT_ROWS, FrozenWeight, frozen_linear, multiplies_bfloat16
 from seal_kernels.lora import lora_linear
 from seal_kernels.paged_attention import paged_attention, write_kv
+from seal_kernels.quantized_linear import QuantizedWeight, WeightFormat
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
 from seal_kernels.rotary import rotary
 from seal_kernels.swiglu import swiglu
@@ -35,16 +37,16 @@ class Layer:
     """Parameters of one decoder layer."""
 
     input_norm: Tensor  # [D]
-    qkv: Tensor  # [(H + 2 K) E, D]
+    qkv: FrozenWeight  # [(H + 2 K) E, D]
     qkv_bias: Tensor | None  # [(H + 2 K) E]
     q_norm: Tensor | None  # [E]
     k_norm: Tensor | None  # [E]
-    o: Tensor  # [D, H E]
+    o: FrozenWeight  # [D, H E]
     o_bias: Tensor | None  # [D]
     post_attention_norm: Tensor  # [D]
-    gate_up: Tensor  # [2 F, D]
+    gate_up: FrozenWeight  # [2 F, D]
     gate_up_bias: Tensor | None  # [2 F]
-    down: Tensor  # [D, F]
+    down: FrozenWeight  # [D, F]
     down_bias: Tensor | None  # [D]
     window: int | None  # tokens a query sees, itself included; None: all before it
 
@@ -56,13 +58,20 @@ class Model:
     those between the two products of an MLP in `mlp_dtype`: on a CPU, too, bfloat16 if its products round to that.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
-        """Allocates uninitialised parameters; `named_tensors` gives the views to fill."""
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: WeightFormat | None = None
+    ):
+        """Allocates uninitialised parameters; `named_tensors` gives the views to fill. quantization: of the linears."""
         self.version = 0  # rises with every change of the parameters
         self.batch_invariant = False  # whether a token's results do not depend on the other sequences of its batch
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
+
+        def linear(outputs: int, inputs: int) -> FrozenWeight:
+            if quantization is None:
+                return empty(outputs, inputs)
+            return QuantizedWeight.empty(quantization, outputs, inputs, dtype, device)
 
         def optional(wanted: bool, *shape: int) -> Tensor | None:
             return empty(*shape) if wanted else None
@@ -70,6 +79,7 @@ class Model:
         c, D, F, E = config, config.hidden_size, config.intermediate_size, config.head_dim
         qkv_size = c.query_size + 2 * c.key_value_size
         self.config = config
+        self.quantization = quantization
         self.dtype = dtype
         self.device = device
         self.compute_dtype = torch.float32 if device.type == "cpu" else dtype
@@ -79,16 +89,16 @@ class Model:
         self.layers = [
             Layer(
                 input_norm=empty(D),
-                qkv=empty(qkv_size, D),
+                qkv=linear(qkv_size, D),
                 qkv_bias=optional(c.qkv_bias, qkv_size),
                 q_norm=optional(c.qk_norm, E),
                 k_norm=optional(c.qk_norm, E),
-                o=empty(D, c.query_size),
+                o=linear(D, c.query_size),
                 o_bias=optional(c.o_bias, D),
                 post_attention_norm=empty(D),
-                gate_up=empty(2 * F, D),
+                gate_up=linear(2 * F, D),
                 gate_up_bias=optional(c.mlp_bias, 2 * F),
-                down=empty(D, F),
+                down=linear(D, F),
                 down_bias=optional(c.mlp_bias, D),
                 window=window,
             )
@@ -98,19 +108,19 @@ class Model:
         self.lm_head = self.embed if c.tie_word_embeddings else empty(c.vocab_size, D)  # [V, D]
         self.inverse_frequencies = c.rope.inverse_frequencies(E).to(device)  # [E / 2] float32
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, view of the parameter). A tied lm_head is not listed."""
+    def named_tensors(self) -> Iterator[tuple[str, Any]]:
+        """(Hugging Face name, view of the parameter: a Tensor, or a QuantizedWeight). A tied lm_head is not listed."""
         c, F = self.config, self.config.intermediate_size
         qkv_sizes = [c.query_size, c.key_value_size, c.key_value_size]
         yield "model.embed_tokens.weight", self.embed
         for i, layer in enumerate(self.layers):
             attention_modules = zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(qkv_sizes), strict=True)
-            modules = {f"self_attn.{name}.weight": view for name, view in attention_modules}
+            modules: dict[str, Any] = {f"self_attn.{name}.weight": view for name, view in attention_modules}
             if layer.qkv_bias is not None:
                 views = zip(("q_proj", "k_proj", "v_proj"), layer.qkv_bias.split(qkv_sizes), strict=True)
                 modules |= {f"self_attn.{name}.bias": view for name, view in views}
             modules["self_attn.o_proj.weight"] = layer.o
-            modules["mlp.gate_proj.weight"], modules["mlp.up_proj.weight"] = layer.gate_up.split(F)
+            modules["mlp.gate_proj.weight"], modules["mlp.up_proj.weight"] = layer.gate_up.split([F, F])
             if layer.gate_up_bias is not None:
                 modules["mlp.gate_proj.bias"], modules["mlp.up_proj.bias"] = layer.gate_up_bias.split(F)
             modules["mlp.down_proj.weight"] = layer.down
@@ -247,7 +257,7 @@ class Model:
     def _project(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: FrozenWeight,
         bias: Tensor | None,
         lora: LoraBatch | None,
         layer: int,
