@@ -140,7 +140,9 @@ def _encode_nf4(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
     rows, inputs = values.shape
     padded = torch.nn.functional.pad(values, (0, -inputs % group)).view(rows, -1, group)
     scales = padded.abs().amax(2)
-    shares = (padded / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]).view(rows, -1)[:, :inputs]
+    shares = (
+        (padded / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]).view(rows, -1)[:, :inputs].contiguous()
+    )
     codes = torch.bucketize(shares, _nf4_bounds(values.device), out_int32=True).to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, inputs % 2))
     return (codes[:, ::2] << 4) | codes[:, 1::2], scales

@@ -147,9 +147,8 @@ def test_no_rows_and_wrong_shapes():
 
 
 @compiles
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sm", "dtype"), [(80, torch.float32), *((sm, torch.bfloat16) for sm in SM)])
 @pytest.mark.parametrize("form", FORMATS, ids=names)
-@pytest.mark.parametrize("sm", SM)
 def test_compile_gate(sm, form, dtype):
     """A projection of a 7B model, for decoding 16 sequences."""
     group = form.group or 3584
