@@ -42,8 +42,8 @@ def can_pack(weight: object) -> bool:
     return fits and weight.dim() == 2 and weight.numel() >= MIN_ELEMENTS and weight.is_contiguous()
 
 
-def allow_packing(weight: Tensor) -> None:
-    """Let products with the matrix use a packed copy, which is made when it is first needed."""
+def allow_packing(weight: object) -> None:
+    """Let products with the matrix use a packed copy, which is made when it is first needed; if packing serves it."""
     if can_pack(weight):
         setattr(weight, _ATTRIBUTE, None)
 

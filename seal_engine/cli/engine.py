@@ -13,6 +13,9 @@ from seal_engine.forecast.forecast import Forecast, as_json, forecast_round
 from seal_engine.forecast.published_round import MODEL, read_passages
 from seal_engine.forecast.rates import GPUS
 from seal_engine.model.config import DTYPES, ModelConfig
+from seal_engine.model.gguf import GGUFFile, is_gguf
+from seal_engine.model.gguf_config import read_gguf_config
+from seal_engine.model.quantize import QUANTIZE, parse_quantize
 from seal_engine.plan import RECOMPUTE, Plan, make_plan
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob, TrainSequence
@@ -38,7 +41,7 @@ FLAGS = {name: f"--{name.replace('_', '-')}" for name in (*SAMPLING_FLAGS, "stop
 }
 PLAN_DEFAULTS = {  # what a plan can be asked about, and a forecast cannot
     "rank": 8, "alpha": None, "targets": "q_proj,v_proj", "sequence_tokens": None, "adapters": None, "tokens": 8192,
-    "dtype": None, "cpu": False, "recompute": "auto",
+    "dtype": None, "quantize": None, "cpu": False, "recompute": "auto",
 }  # fmt: skip
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -52,7 +55,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         shown = "" if kwargs.get("default") is None else " (default: %(default)s)"
         parser.add_argument(name, help=text + shown, **kwargs)
 
-    add("--model", "checkpoint directory, or a config.json: weights are not read", metavar="PATH")
+    add("--model", "checkpoint directory, a config.json or a .gguf file: weights are not read", metavar="PATH")
     add("--round", "forecast a whole published round on --gpu, of Qwen2.5-7B or --model", action="store_true")
     add("--gpu", "memory and rates of this GPU, in place of those below", choices=sorted(GPUS))
     add("--memory", "of the device: 139GiB, 80GB, or bytes", type=memory, metavar="SIZE")
@@ -70,6 +73,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
     )
     add("--dtype", "of the base weights (default: as the config says)", choices=sorted(DTYPES))
+    add("--quantize", "of the linears (default: as the config says)", choices=QUANTIZE)
     add("--cpu", "plan for a CPU: activations are float32, and rates are a CPU's", action="store_true")
     rate = "FLOP/s of matrix products, as measured (default: 750e12, or 150e9 with --cpu)"
     add("--matrix-rate", rate, type=float, metavar="X")
@@ -105,6 +109,7 @@ def plan(options: argparse.Namespace) -> None:
         adapters=options.adapters,
         tokens=options.tokens,
         dtype=DTYPES.get(options.dtype),
+        quantization=parse_quantize(options.quantize),
         cpu=options.cpu,
         recompute=options.recompute,
         matrix_rate=options.matrix_rate,
@@ -136,10 +141,12 @@ def _validate_plan_options(options: argparse.Namespace) -> None:
 
 
 def _read_config(model: str | None) -> ModelConfig:
-    """Of a checkpoint directory or a config.json; None: of the published round's model."""
+    """Of a checkpoint directory, a config.json or a GGUF file; None: of the published round's model."""
     if model is None:
         return ModelConfig.from_dict(MODEL)
     path = Path(model)
+    if is_gguf(path):
+        return read_gguf_config(GGUFFile(path))
     if path.suffix == ".json":
         return ModelConfig.from_dict(read_json(path), str(path))
     return ModelConfig.from_directory(path)
@@ -204,15 +211,17 @@ def memory(text: str) -> int:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="directory of a Hugging Face checkpoint", required=True, metavar="DIR")
+    parser.add_argument("--model", help="Hugging Face checkpoint, or a .gguf file", required=True, metavar="PATH")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: %(default)s)", default="auto")
     parser.add_argument("--dtype", help="of the weights (default: as the checkpoint says)", choices=sorted(DTYPES))
+    quantize = "of the linears, while they are loaded (default: as the checkpoint has them)"
+    parser.add_argument("--quantize", help=quantize, choices=QUANTIZE)
     parser.add_argument("--quiet", help="no progress bars, and no text but what --json gives", action="store_true")
     parser.add_argument("--json", help="add one JSON object as the last line of stdout", action="store_true")
 
 
 def _engine(options: argparse.Namespace) -> Engine:
-    return Engine.from_pretrained(options.model, options.device, options.dtype or "auto")
+    return Engine.from_pretrained(options.model, options.device, options.dtype or "auto", quantize=options.quantize)
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
