@@ -102,9 +102,15 @@ def load_model(
         found = f"{quantization.kind!r} for weights that are stored as {config.quantization.kind}"
         raise InputError(f"{path}: quantize: found {found}; accepted: None")
     quantization = quantization or config.quantization
-    model = Model(config, dtype or config.dtype or torch.float32, device, quantization)
+    model = Model(config, dtype or config.dtype or _stored_dtype(sources), device, quantization)
     _fill(model, sources, path)
     return model
+
+
+def _stored_dtype(sources: Mapping[str, Source]) -> torch.dtype:
+    """Of the first tensor of floats."""
+    stored = (source.stored for source in sources.values() if isinstance(source, FloatSource))
+    return next(tensor.dtype for tensor in stored if isinstance(tensor, StoredTensor))
 
 
 def reload_model(model: Model, path: Path) -> None:
@@ -127,9 +133,6 @@ def _read_checkpoint(path: Path, config: ModelConfig | None = None) -> tuple[Mod
             )
     form = config.quantization
     config, stored = _matched(config, stored_tensors(path, quantized=form is not None))
-    if config.dtype is None and stored:
-        floats = (tensor.dtype for tensor in stored.values() if tensor.dtype in DTYPES.values())
-        config = replace(config, dtype=next(floats, None))
     sources: dict[str, Source] = {name: FloatSource(tensor) for name, tensor in stored.items()}
     if form is not None:
         sources = gather_codes(stored, form)
