@@ -5,6 +5,7 @@ measured against. Passages are the last of SQuAD's that lie under shared/data.
 """
 
 import json
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import measure
-from gguf_files import smollm2
+from gguf_files import smollm2  # pyright: ignore[reportMissingImports]
 from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
 from seal_engine.model.quantize import is_linear
 from seal_engine.plan import weights_bytes
@@ -143,7 +144,7 @@ def test_decoding(benchmark, record, engines, rows):
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 2}
         theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
-    calls = {name: (lambda n, engine=engine: generate(engine, n)) for name, engine in engines.items()}
+    calls: dict[str, Any] = {name: partial(generate, engine) for name, engine in engines.items()}
     calls["transformers, bfloat16"] = generate_theirs
     fns = [lambda call=call, n=n: call(n) for call in calls.values() for n in (1, DECODED)]
     times = measure.side_by_side(benchmark, fns, rounds=2)
