@@ -569,7 +569,9 @@ def test_an_address_of_freed_memory_is_caught(device, monkeypatch):
     for line in ("t.data_ptr(), t.numel()", "t.clone().data_ptr(), t.numel()"):
         plant(monkeypatch, seal_kernels.lora_tables, "_addresses", "t.data_ptr(), t.numel()", line)
         engine = Engine(make_model(1, "cuda"))
-        scores += engine.score(TEXTS[:1], engine.create_adapter(LoraConfig(r=8, target_modules="all-linear")))
+        adapter = engine.create_adapter(LoraConfig(r=8, target_modules="all-linear"))
+        adapter.params.fill_(0.1)  # not zero anywhere: whatever else lies at the address is seen
+        scores += engine.score(TEXTS[:1], adapter)
         monkeypatch.undo()
     assert scores[0].isfinite().all()
     assert not torch.equal(scores[0], scores[1])
