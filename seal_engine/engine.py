@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seal_engine.files import read_json, show
+from seal_engine.files import show
 from seal_engine.inputs import Inputs, broadcast
 from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
 from seal_engine.model.adapters import Adapter
@@ -24,12 +24,14 @@ from seal_engine.model.config import ModelConfig
 from seal_engine.model.devices import free_memory, on_device, parse_device, parse_dtype, parse_path, total_memory
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.peft_config import read_peft_config
-from seal_engine.model.tokenizer import Tokenizer, read_stop_token_ids
+from seal_engine.model.pretrained import open_pretrained
+from seal_engine.model.quantize import parse_quantize
+from seal_engine.model.tokenizer import Tokenizer
 from seal_engine.model.transformer import Model
 from seal_engine.plan import RECOMPUTE, Plan, make_plan, training_memory
 from seal_engine.progress import reporting
 from seal_engine.sampling.kv_cache import KVCache
-from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
+from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams, read_sampling_defaults
 from seal_engine.sampling.sampler import Sampler
 from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, min_sequential_steps
 from seal_engine.training.trainer import Trainer
@@ -39,13 +41,6 @@ from seal_kernels.dispatch import ceil_div
 
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
-# Settings of generation_config.json that change what is sampled, and the values that change nothing.
-UNSUPPORTED_SAMPLING = {
-    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None,
-    "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "sequence_bias": None, "guidance_scale": None, "penalty_alpha": None,
-}  # fmt: skip
 MAX_NUM_SEQS = 256  # completions sampled at once
 
 
@@ -59,9 +54,10 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         deterministic: bool = False,
     ):
-        """directory: where tokenizer files are found and copied from; tokenizer: in place of reading them."""
+        """directory: the checkpoint that tokenizer files come from, or a GGUF file; tokenizer: in place of its own."""
         self.model = model
         self.directory = directory
+        self.pretrained = None if directory is None else open_pretrained(directory)
         if deterministic:
             model.batch_invariant = True
         this = weakref.proxy(self)  # a strong reference would keep the weights of an engine that is dropped
@@ -78,28 +74,32 @@ class Engine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         deterministic: bool = False,
+        quantize: str | None = None,
         pack_weights: bool | None = None,
     ) -> "Engine":
-        """Load a Hugging Face checkpoint directory (Llama 2/3, Mistral, Qwen2/2.5, Qwen3; safetensors).
+        """Load a checkpoint (Llama 2/3, Mistral, Qwen2/2.5, Qwen3): a Hugging Face directory or a GGUF file.
 
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or a torch.device.
-        dtype: "auto" (as the checkpoint says), "float32", "float16", "bfloat16" or a torch.dtype: of the parameters.
+        dtype: "auto" (as the checkpoint says), "float32", "float16", "bfloat16" or a torch.dtype: of the parameters. A
+        GGUF file's quantised tensors become float32 where it is "auto".
         On a CPU, activations are float32 whatever the parameters are, but for `Model.mlp_dtype`.
+        quantize: "int8" (a scale per output) or "nf4" (blocks of 64): of the linears, while they are loaded; the base
+        can then be trained on and sampled from, not merged into or saved. FP8 and bitsandbytes' NF4 stay as stored.
         deterministic: an adapter trained alone and among any others comes out the same bit for bit (on a CPU), not
         only to float32 rounding.
         pack_weights: on a CPU, whether sampling may use packed copies of the large matrices, which are faster for few
         rows and take as much memory again (`plan` counts them); None: if they take at most a quarter of what is free.
         Raises InputError (a ValueError) naming the file and field for anything that cannot be loaded.
         """
-        directory = parse_path(path)
+        path = parse_path(path)
         require(pack_weights is None or isinstance(pack_weights, bool), "pack_weights", pack_weights, "a bool or None")
-        model = load_model(directory, parse_dtype(dtype), parse_device(device))
+        model = load_model(path, parse_dtype(dtype), parse_device(device), parse_quantize(quantize))
         if pack_weights is None:
             pack_weights = model.packed_bytes <= free_memory(model.device) // 4
         if pack_weights:
             model.allow_packing()
-        engine = Engine(model, directory, deterministic=deterministic)
-        if (directory / "tokenizer.json").exists():
+        engine = Engine(model, path, deterministic=deterministic)
+        if engine.has_tokenizer:
             _ = engine.tokenizer  # a broken tokenizer is refused now; a missing one when text is first used
         return engine
 
@@ -111,9 +111,9 @@ class Engine:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. Raises InputError if it has none: token ids work without."""
-        if self.directory is None:
+        if self.pretrained is None:
             raise InputError("this engine was built without a tokenizer; accepted: sequences of token ids")
-        return Tokenizer.from_directory(self.directory)
+        return self.pretrained.read_tokenizer()
 
     @torch.no_grad()
     def logits(
@@ -174,8 +174,11 @@ class Engine:
     def merge(self, adapter: Adapter) -> None:
         """Add the adapter to the base for good: W += scale (A^T B)^T, in float32, then in the base's dtype.
 
-        Raises InputError, before anything is changed, where a weight would not be finite.
+        Raises InputError, before anything is changed, where a weight would not be finite, and for a quantised base.
         """
+        if self.model.quantization is not None:
+            found = f"a base quantised to {self.model.quantization.kind}"
+            raise InputError(f"merge: found {found}; accepted: one in floats; here an update stays an adapter")
         if not isinstance(adapter, Adapter):
             raise InputError(f"adapter: found {show(adapter)}; accepted: an Adapter")
         adapter.check_model(self.config, "adapter")
@@ -275,14 +278,14 @@ class Engine:
     def has_tokenizer(self) -> bool:
         """Whether text works: token ids always do."""
         given = "tokenizer" in self.__dict__
-        return given or (self.directory is not None and (self.directory / "tokenizer.json").exists())
+        return given or (self.pretrained is not None and self.pretrained.has_tokenizer)
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ids that end a completion: the tokenizer's or, without one, those that the checkpoint's configs name."""
         if self.has_tokenizer:
             return self.tokenizer.stop_token_ids
-        return () if self.directory is None else tuple(read_stop_token_ids(self.directory))
+        return () if self.pretrained is None else self.pretrained.stop_token_ids
 
     @property
     def end_token_id(self) -> int | None:
@@ -295,17 +298,9 @@ class Engine:
 
         Without do_sample that is greedy decoding, as in Transformers. InputError for a setting that is not supported.
         """
-        if self.directory is None:
+        if self.pretrained is None:
             return {}
-        file = self.directory / "generation_config.json"
-        values = read_json(file, required=False)
-        for name, neutral in UNSUPPORTED_SAMPLING.items():
-            accepted = f"{neutral}: it is not supported"
-            require(values.get(name) in (None, neutral), f"{file}: {name}", values.get(name), accepted)
-        if values.get("do_sample") is not True:
-            return {"temperature": 0.0}
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        return {name: values[name] for name in names if values.get(name) is not None}
+        return read_sampling_defaults(*self.pretrained.generation_config())
 
     def sampler(self, num_blocks: int | None = None, stream: bool = False, max_num_seqs: int = MAX_NUM_SEQS) -> Sampler:
         """A Sampler over this engine's model with a K/V cache of its own: add requests, step, poll.
@@ -398,14 +393,16 @@ class Engine:
         """What fits and how long a step should take; see `plan.make_plan`. memory_bytes None: this device's."""
         cpu = self.model.device.type == "cpu"
         memory = memory_bytes or total_memory(self.model.device)
-        return make_plan(self.config, lora, memory, sequence_tokens, dtype=self.model.dtype, cpu=cpu, **options)
+        options = {"dtype": self.model.dtype, "quantization": self.model.quantization, "cpu": cpu, **options}
+        return make_plan(self.config, lora, memory, sequence_tokens, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model, its config and its tokenizer files so that Transformers and this engine load them.
 
         directory must be new or empty (InputError); it appears complete or not at all.
         """
-        save_model(self.model, parse_path(directory), self.directory)
+        companions = None if self.pretrained is None else self.pretrained.write_companions
+        save_model(self.model, parse_path(directory), companions)
 
     def _default_token_budget(self) -> int:
         return CPU_TOKEN_BUDGET if self.model.device.type == "cpu" else TOKEN_BUDGET

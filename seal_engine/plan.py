@@ -10,6 +10,7 @@ from seal_engine.model.config import ModelConfig
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
 from seal_kernels.cross_entropy import CHUNK_BYTES, CPU_CHUNK_BYTES
 from seal_kernels.packed import MIN_ELEMENTS
+from seal_kernels.quantized_linear import WeightFormat
 
 RECOMPUTE = ("none", "mlp", "layer")
 HEADROOM = 0.9  # share of the memory that is planned with: allocators fragment
@@ -62,14 +63,28 @@ def activation_bytes(
     return tokens * (kept * element_size + floats) + max(tokens * working * element_size, chunk)
 
 
-def packed_weight_bytes(config: ModelConfig, dtype: torch.dtype, free_bytes: int) -> int:
+def packed_weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, free_bytes: int, quantization: WeightFormat | None = None
+) -> int:
     """The packed copies that sampling makes on a CPU with so much memory beside the weights, as `from_pretrained` does
     by default: of the large matrices, if they take at most a quarter of it."""
     D, F = config.hidden_size, config.intermediate_size
     layer = [D * (config.query_size + 2 * config.key_value_size), D * config.query_size, 2 * D * F, D * F]
-    matrices = [*layer * config.num_hidden_layers, D * config.vocab_size]
+    matrices = [*(layer * config.num_hidden_layers if quantization is None else []), D * config.vocab_size]
     total = sum(size for size in matrices if size >= MIN_ELEMENTS) * dtype.itemsize
     return total if dtype in (torch.bfloat16, torch.float32) and total <= free_bytes // 4 else 0
+
+
+def weights_bytes(config: ModelConfig, dtype: torch.dtype, quantization: WeightFormat | None) -> int:
+    """Bytes of the base: all matrices in dtype, but for linears that are quantised."""
+    embedding = config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    if quantization is None:
+        return (config.num_matrix_parameters + embedding) * dtype.itemsize
+    D, F, Q = config.hidden_size, config.intermediate_size, config.query_size
+    linears = ((Q + 2 * config.key_value_size, D), (D, Q), (2 * F, D), (D, F))
+    layer = sum(quantization.nbytes(outputs, inputs) for outputs, inputs in linears)
+    head = config.vocab_size * config.hidden_size
+    return config.num_hidden_layers * layer + (head + embedding) * dtype.itemsize
 
 
 def training_memory(
@@ -108,11 +123,13 @@ def make_plan(
     recompute: str = "auto",
     matrix_rate: float | None = None,
     bandwidth: float | None = None,
+    quantization: WeightFormat | None = None,
 ) -> Plan:
     """Plan training with adapters like `lora` on sequences of `sequence_tokens`, one a step and adapter.
 
     memory_bytes: of the device. adapters: jobs there are to run (None: as many as fit). tokens: a step's budget.
     recompute "auto": the least that lets a whole step's worth of adapters (tokens / sequence_tokens) be resident.
+    quantization: of the linears; None: as the config says, or none.
     matrix_rate (FLOP/s), bandwidth (bytes/s): measured, or 150e9 and 20e9 on a CPU, 750e12 and 4e12 on a GPU.
     Raises InputError if not even one adapter fits.
     """
@@ -127,8 +144,7 @@ def make_plan(
     element_size = 4 if cpu else dtype.itemsize
     matrix_rate = matrix_rate or (150e9 if cpu else 750e12)
     bandwidth = bandwidth or (20e9 if cpu else 4e12)
-    embedding = config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
-    weights = (config.num_matrix_parameters + embedding) * dtype.itemsize
+    weights = weights_bytes(config, dtype, quantization or config.quantization)
     state = 4 * layout.size * 4  # parameters, gradients, two moments, float32
     wanted = min(adapters or 10**9, max(1, tokens // sequence_tokens))
     choices = []
@@ -160,7 +176,7 @@ def make_plan(
         "weight_bytes": 2 * weights / bandwidth,
     }
     left = max(0, int(HEADROOM * memory_bytes) - weights - activations - resident * state)
-    packed = min(left, packed_weight_bytes(config, dtype, memory_bytes - weights)) if cpu else 0
+    packed = min(left, packed_weight_bytes(config, dtype, memory_bytes - weights, quantization)) if cpu else 0
     names = {
         "matrix": "matrix rate, base products",
         "adapter_matrix": "matrix rate, low-rank products",

@@ -29,6 +29,8 @@ from seal_engine.loop.records import EVALUATION, ROUND, Phase
 from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS, ReSTEM, validate_run
 from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
+from seal_engine.model.gguf import is_gguf
+from seal_engine.model.quantize import QUANTIZE
 from seal_engine.progress import write_line
 from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
@@ -64,13 +66,15 @@ MODEL_FILES: tuple[str, ...] = (
 class EngineConfig:
     """What runs the model."""
 
-    model: str = setting("", "directory of a Hugging Face checkpoint")
+    model: str = setting("", "directory of a Hugging Face checkpoint, or a .gguf file")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "of the weights", DTYPES)
+    quantize: str = setting("none", "what linears are quantised to while they are loaded", ("none", *QUANTIZE))
     deterministic: bool = setting(False, "an adapter's bits do not depend on which others are trained with it")
 
     def __post_init__(self):
         require(bool(self.model), "model", self.model, "the directory of a checkpoint")
+        require(self.quantize in ("none", *QUANTIZE), "quantize", self.quantize, f"one of {['none', *QUANTIZE]}")
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,11 @@ def start(
     settings = asdict(engine_config) | asdict(loop) | asdict(own)
     if isinstance(own, KnowledgeConfig) and isinstance(loop, LoopConfig) and own.data and loop.rounds:
         validate_sizes(own, loop.contexts)
+    quantize = None if engine_config.quantize == "none" else engine_config.quantize
     engine = Engine.from_pretrained(
-        engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic
+        engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic, quantize
     )
+    _validate_policy_update(engine, loop)
     with renamed_errors({"lora.target_modules": "targets"}):
         adapter_layout(engine.config, own.lora)  # targets that the model lacks are an error now, not in hours
     if isinstance(loop, LoopConfig):
@@ -198,6 +204,15 @@ def start(
         return ledger.directory
 
 
+def _validate_policy_update(engine: Engine, loop: object) -> None:
+    """InputError for updates that the base cannot take: now, not after the first round's hours."""
+    quantized = engine.model.quantization
+    merges = isinstance(loop, LoopConfig) and loop.rounds and loop.policy_update == "merge"
+    if quantized is not None and merges:
+        accepted = f"'adapter': nothing is merged into a base quantised to {quantized.kind}"
+        raise InputError(f"policy_update: found 'merge'; accepted: {accepted}")
+
+
 def resume(directory: str | Path, log: Callable[[str], None] = write_line, progress: bool = True) -> Path:
     """Go on with a run, from its directory alone."""
     with Ledger.read(directory) as ledger:
@@ -212,17 +227,23 @@ def _fingerprint(model: Path) -> dict[str, str]:
 
     All files count that decide a number: weights, configs, and whatever the tokenizer and its chat templates read.
     """
+    if is_gguf(model):
+        return {"model.gguf": _ends_digest(model)}
     found = dict.fromkeys(MODEL_FILES, "absent")
     for pattern in (*MODEL_FILES, "*.safetensors", "additional_chat_templates/*.jinja"):
         for file in sorted(model.glob(pattern)):
-            with file.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                parts = [str(size).encode()]
-                for start in (0, max(0, size - MEGABYTE)):
-                    stream.seek(start)
-                    parts.append(stream.read(MEGABYTE))
-            found[str(file.relative_to(model))] = hashlib.sha256(b"".join(parts)).hexdigest()
+            found[str(file.relative_to(model))] = _ends_digest(file)
     return found
+
+
+def _ends_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        parts = [str(size).encode()]
+        for start in (0, max(0, size - MEGABYTE)):
+            stream.seek(start)
+            parts.append(stream.read(MEGABYTE))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _digest(path: str) -> str:

@@ -16,12 +16,18 @@ then depend on that row alone (checked on a CPU for many sizes and places in the
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import apply
 from seal_kernels.packed import packed_product, prefers_packed
+
+if TYPE_CHECKING:
+    from seal_kernels.quantized_linear import QuantizedWeight
+
+FrozenWeight = Union[Tensor, "QuantizedWeight"]  # a quantised weight brings its products
 
 INVARIANT_ROWS = 128  # rows of every batch-invariant product: large enough to be fast
 ROUNDED_ROWS = 512  # rows of x that are rounded to bfloat16 at a time
@@ -116,9 +122,11 @@ def multiply_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def frozen_linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, dtype: torch.dtype
+    x: Tensor, weight: FrozenWeight, bias: Tensor | None, batch_invariant: bool, dtype: torch.dtype
 ) -> Tensor:
     """x W^T + b in dtype, outside autograd."""
+    if not isinstance(weight, Tensor):
+        return weight.forward(x, bias, batch_invariant, dtype)
 
     def product(x: Tensor) -> Tensor:
         if not batch_invariant and prefers_packed(x, weight):
@@ -131,8 +139,10 @@ def frozen_linear_forward(
     return in_tiles(product, x, INVARIANT_ROWS) if batch_invariant else product(x)
 
 
-def frozen_linear_backward(dy: Tensor, weight: Tensor, batch_invariant: bool, dtype: torch.dtype) -> Tensor:
+def frozen_linear_backward(dy: Tensor, weight: FrozenWeight, batch_invariant: bool, dtype: torch.dtype) -> Tensor:
     """dx = dy W in dtype, outside autograd."""
+    if not isinstance(weight, Tensor):
+        return weight.backward(dy, batch_invariant, dtype)
 
     def product(dy: Tensor) -> Tensor:
         return multiply_backward(dy, weight, dy.new_empty(len(dy), weight.shape[1], dtype=dtype))
@@ -141,23 +151,21 @@ def frozen_linear_backward(dy: Tensor, weight: Tensor, batch_invariant: bool, dt
 
 
 class FrozenLinear(torch.autograd.Function):
-    """Saves only the weight (no copy)."""
+    """Keeps only the weight (no copy)."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, dtype: torch.dtype
+        ctx, x: Tensor, weight: FrozenWeight, bias: Tensor | None, batch_invariant: bool, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.batch_invariant, ctx.dtype = batch_invariant, x.dtype
+        ctx.weight, ctx.batch_invariant, ctx.dtype = weight, batch_invariant, x.dtype
         return frozen_linear_forward(x, weight, bias, batch_invariant, dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (weight,) = ctx.saved_tensors
-        return frozen_linear_backward(dy, weight, ctx.batch_invariant, ctx.dtype), None, None, None, None
+        return frozen_linear_backward(dy, ctx.weight, ctx.batch_invariant, ctx.dtype), None, None, None, None
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> None:
     """ValueError unless x is [T, I], weight [O, I] and bias [O] or None."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"frozen_linear: x is {tuple(x.shape)}, weight is {tuple(weight.shape)}")
@@ -167,7 +175,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def frozen_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: FrozenWeight,
     bias: Tensor | None = None,
     batch_invariant: bool = False,
     dtype: torch.dtype | None = None,

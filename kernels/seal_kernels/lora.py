@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import LaunchConfig, apply, ceil_div, tl, triton, use_triton
-from seal_kernels.linear import check_linear, frozen_linear_backward, frozen_linear_forward
+from seal_kernels.linear import FrozenWeight, check_linear, frozen_linear_backward, frozen_linear_forward
 from seal_kernels.lora_cpu import keep_mask, lora_backward_cpu, lora_forward_cpu
 from seal_kernels.lora_tables import BLOCK_T, LaunchRange, LoraGroup, LoraTables, device_tables, load_block, load_factor
 
@@ -235,25 +235,25 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, group: LoraGroup,
+        ctx, x: Tensor, anchor: Tensor, weight: FrozenWeight, bias: Tensor | None, group: LoraGroup,
         batch_invariant: bool, dtype: torch.dtype,
     ) -> Tensor:
         y = frozen_linear_forward(x, weight, bias, batch_invariant, dtype)
-        if use_triton(x, weight, bias):
+        if use_triton(x, bias):
             x = x if x.stride(1) == 1 else x.contiguous()
             ctx.tables = group.tables or device_tables([group], [x.shape[1]], x.device).groups[0]
             ctx.hidden = _forward_triton(x, y, ctx.tables)
         else:
             ctx.hidden = lora_forward_cpu(x, y, group, batch_invariant)
-        ctx.group, ctx.batch_invariant = group, batch_invariant
-        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.group, ctx.batch_invariant = weight, group, batch_invariant
+        ctx.save_for_backward(x)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        dx = frozen_linear_backward(dy, weight, ctx.batch_invariant, x.dtype) if ctx.needs_input_grad[0] else None
-        if use_triton(x, weight, dy):
+        (x,) = ctx.saved_tensors
+        dx = frozen_linear_backward(dy, ctx.weight, ctx.batch_invariant, x.dtype) if ctx.needs_input_grad[0] else None
+        if use_triton(x, dy):
             _backward_triton(x, dy if dy.stride(1) == 1 else dy.contiguous(), dx, ctx.hidden, ctx.tables)
         else:
             lora_backward_cpu(x, dy, dx, ctx.hidden, ctx.group)
@@ -262,7 +262,7 @@ class LoraLinear(torch.autograd.Function):
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: FrozenWeight,
     bias: Tensor | None,
     group: LoraGroup,
     anchor: Tensor,

@@ -149,6 +149,7 @@ def adapter_views(
 
 def _addresses(tensor_lists: list[Sequence[Tensor | None]], device: torch.device) -> np.ndarray:
     """[G, S, 2] int64: address (0 for None) and size in elements. Kernels trust them, so they are checked here."""
+    device = torch.empty(0, device=device).device  # "cuda" is the current one
     tables: list[np.ndarray] = []
     for i, tensors in enumerate(tensor_lists):
         if i > 0 and tensors is tensor_lists[i - 1]:  # the groups of a batch share one list of tensors

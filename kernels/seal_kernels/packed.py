@@ -34,14 +34,16 @@ def _multiplies_float32_faster() -> bool:
         return False
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether packing serves this matrix at all."""
+def can_pack(weight: object) -> bool:
+    """Whether packing serves this matrix at all: a large tensor of floats on a CPU."""
+    if not isinstance(weight, Tensor):
+        return False
     fits = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32) and is_available()
     return fits and weight.dim() == 2 and weight.numel() >= MIN_ELEMENTS and weight.is_contiguous()
 
 
-def allow_packing(weight: Tensor) -> None:
-    """Let products with the matrix use a packed copy, which is made when it is first needed."""
+def allow_packing(weight: object) -> None:
+    """Let products with the matrix use a packed copy, which is made when it is first needed; if packing serves it."""
     if can_pack(weight):
         setattr(weight, _ATTRIBUTE, None)
 

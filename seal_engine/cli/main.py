@@ -74,7 +74,7 @@ VERBS = {  # name -> the module of seal_engine.cli that has the functions NAME a
     "serve": ("serve", "Serve a model and its adapters: OpenAI's API, vLLM's adapter calls, SEAL's inner loop."),
     "select": ("run", "Keep the best self-edit of each passage, by SEAL's published rule."),
     "plan": (
-        "engine",
+        "plan",
         "Say how many adapters fit in memory at once, and how long a training step or a whole round takes.",
     ),
     "bench": (

@@ -62,7 +62,7 @@ COUNTS: dict[str, dict[str, Count]] = {
     "loss": {"once": Count(6, 0, 0), "job": Count(0, 0, 0), "chunk": Count(2, 1, 0)},
     "backward": {"once": Count(4, -1, 0), "job": Count(0, 0, 0), "layer": Count(5, 7, 0), "group": Count(0, 4, 0)},
     "MLP again": {"layer": Count(1, 1, 0), "adapted_layer": Count(2, 5, 0)},
-    "layer again": {"layer": Count(4, 5, 0), "group": Count(0, 2, 0)},
+    "layer again": {"layer": Count(3, 7, 0), "adapted_layer": Count(4, 13, 0)},
     "optimizer": {"once": Count(2, 3, 0)},
     "batch": {"once": Count(1, 0, 0), "new_adapters": Count(2, 0, 0)},
     "paged forward": {"once": Count(4, 1, 0), "layer": Count(4, 7, 0), "group": Count(0, 2, 0)},

@@ -127,7 +127,9 @@ class Simulation:
         counts = launches("backward", once=1, job=adapters, layer=L, group=lora.groups)
         phase(counts, *self.layers(*batch, backward=True))
         if self.recompute == "layer":
-            phase(launches("layer again", layer=L, group=lora.groups), *self.layers(*batch))
+            everywhere = lora.groups == 4 * L  # then the layer's last product is made again, too
+            count = launches("layer again", adapted_layer=L) if everywhere else launches("layer again", layer=L)
+            phase(count, *self.layers(*batch))
         elif self.recompute == "mlp":
             everywhere = lora.groups == 4 * L  # then down's input is needed, too
             count = launches("MLP again", adapted_layer=L) if everywhere else launches("MLP again", layer=L)

@@ -13,13 +13,15 @@ import torch
 
 from seal_engine.files import read_json, show
 from seal_engine.model.fields import Fields
+from seal_engine.model.quantize import read_quantization_config
 from seal_engine.model.rope import RopeConfig, read_rope
 from seal_engine.types import InputError
+from seal_kernels.quantized_linear import WeightFormat
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Fields that change what Transformers loads or computes, and that are accepted only as null.
-UNSUPPORTED = ("quantization_config", "per_layer_config", "transformers_weights")
+UNSUPPORTED = ("per_layer_config", "transformers_weights")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class ModelConfig:
     qk_norm: bool
     dtype: torch.dtype | None  # None: not written; the tensors' own
     raw: dict[str, Any] = field(repr=False, compare=False)  # config.json as read, for save_pretrained
+    quantization: WeightFormat | None = None  # of the linears as they are stored
     directory: str | None = field(default=None, compare=False)  # of the checkpoint: adapters name it as their base
 
     @property
@@ -198,6 +201,7 @@ class ModelConfig:
             qk_norm=kind.qk_norm,
             dtype=_dtype(raw, source),
             raw=raw,
+            quantization=read_quantization_config(raw.get("quantization_config"), source),
         )
 
 

@@ -94,6 +94,10 @@ class Tokenizer:
             clean_up_spaces=bool(clean_up) and not isinstance(backend.model, tokenizers.models.BPE),
         )
 
+    def to_json(self) -> str:
+        """The contents of a tokenizer.json."""
+        return self._backend.to_str(pretty=True)
+
     @property
     def chat_template(self) -> str | None:
         """The template named "default", or None."""

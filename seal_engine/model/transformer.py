@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
 from seal_kernels.cross_entropy import soft_target_logprobs, token_logprobs
-from seal_kernels.linear import INVARIANT_ROWS, frozen_linear, multiplies_bfloat16
+from seal_kernels.linear import INVARIANT_ROWS, FrozenWeight, frozen_linear, multiplies_bfloat16
 from seal_kernels.lora import lora_linear
 from seal_kernels.packed import allow_packing, can_pack
 from seal_kernels.paged_attention import paged_attention, write_kv
+from seal_kernels.quantized_linear import QuantizedWeight, WeightFormat
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
 from seal_kernels.rotary import rotary
 from seal_kernels.swiglu import swiglu
@@ -37,16 +39,16 @@ class Layer:
     """Parameters of one decoder layer."""
 
     input_norm: Tensor  # [D]
-    qkv: Tensor  # [(H + 2 K) E, D]
+    qkv: FrozenWeight  # [(H + 2 K) E, D]
     qkv_bias: Tensor | None  # [(H + 2 K) E]
     q_norm: Tensor | None  # [E]
     k_norm: Tensor | None  # [E]
-    o: Tensor  # [D, H E]
+    o: FrozenWeight  # [D, H E]
     o_bias: Tensor | None  # [D]
     post_attention_norm: Tensor  # [D]
-    gate_up: Tensor  # [2 F, D]
+    gate_up: FrozenWeight  # [2 F, D]
     gate_up_bias: Tensor | None  # [2 F]
-    down: Tensor  # [D, F]
+    down: FrozenWeight  # [D, F]
     down_bias: Tensor | None  # [D]
     window: int | None  # tokens a query sees, itself included; None: all before it
 
@@ -58,13 +60,20 @@ class Model:
     those between the two products of an MLP in `mlp_dtype`: on a CPU, too, bfloat16 if its products round to that.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
-        """Allocates uninitialised parameters; `named_tensors` gives the views to fill."""
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: WeightFormat | None = None
+    ):
+        """Allocates uninitialised parameters; `named_tensors` gives the views to fill. quantization: of the linears."""
         self.version = 0  # rises with every change of the parameters
         self.batch_invariant = False  # whether a token's results do not depend on the other sequences of its batch
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
+
+        def linear(outputs: int, inputs: int) -> FrozenWeight:
+            if quantization is None:
+                return empty(outputs, inputs)
+            return QuantizedWeight.empty(quantization, outputs, inputs, dtype, device)
 
         def optional(wanted: bool, *shape: int) -> Tensor | None:
             return empty(*shape) if wanted else None
@@ -72,6 +81,7 @@ class Model:
         c, D, F, E = config, config.hidden_size, config.intermediate_size, config.head_dim
         qkv_size = c.query_size + 2 * c.key_value_size
         self.config = config
+        self.quantization = quantization
         self.dtype = dtype
         self.device = device
         self.compute_dtype = torch.float32 if device.type == "cpu" else dtype
@@ -81,16 +91,16 @@ class Model:
         self.layers = [
             Layer(
                 input_norm=empty(D),
-                qkv=empty(qkv_size, D),
+                qkv=linear(qkv_size, D),
                 qkv_bias=optional(c.qkv_bias, qkv_size),
                 q_norm=optional(c.qk_norm, E),
                 k_norm=optional(c.qk_norm, E),
-                o=empty(D, c.query_size),
+                o=linear(D, c.query_size),
                 o_bias=optional(c.o_bias, D),
                 post_attention_norm=empty(D),
-                gate_up=empty(2 * F, D),
+                gate_up=linear(2 * F, D),
                 gate_up_bias=optional(c.mlp_bias, 2 * F),
-                down=empty(D, F),
+                down=linear(D, F),
                 down_bias=optional(c.mlp_bias, D),
                 window=window,
             )
@@ -113,23 +123,23 @@ class Model:
         """The memory of packed copies of all matrices that packing serves, on this device."""
         return sum(matrix.nbytes for matrix in self._matrices() if can_pack(matrix))
 
-    def _matrices(self) -> list[Tensor]:
+    def _matrices(self) -> list[FrozenWeight]:
         per_layer = [[layer.qkv, layer.o, layer.gate_up, layer.down] for layer in self.layers]
         return [*chain.from_iterable(per_layer), self.lm_head]
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, view of the parameter). A tied lm_head is not listed."""
+    def named_tensors(self) -> Iterator[tuple[str, Any]]:
+        """(Hugging Face name, view of the parameter: a Tensor, or a QuantizedWeight). A tied lm_head is not listed."""
         c, F = self.config, self.config.intermediate_size
         qkv_sizes = [c.query_size, c.key_value_size, c.key_value_size]
         yield "model.embed_tokens.weight", self.embed
         for i, layer in enumerate(self.layers):
             attention_modules = zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split(qkv_sizes), strict=True)
-            modules = {f"self_attn.{name}.weight": view for name, view in attention_modules}
+            modules: dict[str, Any] = {f"self_attn.{name}.weight": view for name, view in attention_modules}
             if layer.qkv_bias is not None:
                 views = zip(("q_proj", "k_proj", "v_proj"), layer.qkv_bias.split(qkv_sizes), strict=True)
                 modules |= {f"self_attn.{name}.bias": view for name, view in views}
             modules["self_attn.o_proj.weight"] = layer.o
-            modules["mlp.gate_proj.weight"], modules["mlp.up_proj.weight"] = layer.gate_up.split(F)
+            modules["mlp.gate_proj.weight"], modules["mlp.up_proj.weight"] = layer.gate_up.split([F, F])
             if layer.gate_up_bias is not None:
                 modules["mlp.gate_proj.bias"], modules["mlp.up_proj.bias"] = layer.gate_up_bias.split(F)
             modules["mlp.down_proj.weight"] = layer.down
@@ -275,7 +285,7 @@ class Model:
     def _project(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: FrozenWeight,
         bias: Tensor | None,
         lora: LoraBatch | None,
         layer: int,

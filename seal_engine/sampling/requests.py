@@ -1,7 +1,8 @@
 """What a caller asks of the sampler and gets back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -9,6 +10,14 @@ from seal_engine.types import is_integer, is_number, require, require_integers
 
 # Called before each token with the completion's tokens so far and the logits [V]; returns the logits to sample from.
 LogitsHook = Callable[[list[int], Tensor], Tensor]
+
+# Settings of generation_config.json that change what is sampled, and the values that change nothing.
+UNSUPPORTED_SAMPLING = {
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "sequence_bias": None, "guidance_scale": None, "penalty_alpha": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,3 +130,17 @@ class Delta:
     text: str  # with `stream`: text that no later token changes or cuts off; "" otherwise
     finish_reason: str | None
     error: str | None = None  # the request has just failed
+
+
+def read_sampling_defaults(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json says of sampling, as fields of SamplingParams. source names it in errors.
+
+    Without do_sample that is greedy decoding, as in Transformers. InputError for a setting that is not supported.
+    """
+    for name, neutral in UNSUPPORTED_SAMPLING.items():
+        accepted = f"{neutral}: it is not supported"
+        require(values.get(name) in (None, neutral), f"{source}: {name}", values.get(name), accepted)
+    if values.get("do_sample") is not True:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: values[name] for name in names if values.get(name) is not None}

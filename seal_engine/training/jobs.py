@@ -135,10 +135,11 @@ class TrainResult:
 class Datum:
     """One sequence for `forward_backward`, with the loss of its tokens' log-probabilities under `adapter`.
 
-    loss "cross_entropy": -sum_i weights[i] logp(token i). "importance_sampling": -sum_i weights[i] advantages[i]
-    exp(logp(token i) - old_logprobs[i]). Or any function of the [n - 1] float32 log-probabilities of tokens 1 .. n - 1
-    to a scalar tensor. Per-token fields have n entries (the first, of a token that nothing predicts, is not used) or
-    n - 1. weights None: each 1 / (n - 1), the mean.
+    loss "cross_entropy": -sum_i weights[i] logp(token i). "importance_sampling", "ppo", "cispo" or "dro": losses of
+    old_logprobs and advantages, each token's times weights[i] (losses.py has the formulas); loss_config: their
+    settings, clip_low and clip_high of r, or beta. Or any function of the [n - 1] float32 log-probabilities of tokens
+    1 .. n - 1 to a scalar tensor. Per-token fields have n entries (the first, of a token that nothing predicts, is not
+    used) or n - 1. weights None: each 1 / (n - 1), the mean.
 
     target_ids: soft targets for "cross_entropy", K ids for each of n or n - 1 tokens in place of the tokens themselves;
     weights, of the same shape and any sign, are then needed, and the loss is minus the sum over i and k of
@@ -152,6 +153,7 @@ class Datum:
     old_logprobs: Sequence[float] | None = None
     advantages: Sequence[float] | None = None
     target_ids: Sequence[Sequence[int]] | None = None
+    loss_config: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

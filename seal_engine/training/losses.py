@@ -9,7 +9,7 @@ is KL(teacher || model) plus the teacher's entropy; weights of any sign are a li
 The sum over k is made where the logits are (seal_kernels/cross_entropy.py), so a token comes here as one number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,17 @@ from torch import Tensor
 from seal_engine.training.jobs import Datum
 from seal_engine.types import InputError
 from seal_kernels.transfer import to_device
+
+# Losses of a sampled token by its old log-probability and advantage, and the defaults of their settings.
+POLICY_LOSSES: dict[str, dict[str, float]] = {
+    "importance_sampling": {},
+    "ppo": {"clip_low": 0.8, "clip_high": 1.2},
+    "cispo": {"clip_low": 0.0, "clip_high": 4.0},
+    "dro": {"beta": 0.05},
+}
+LOSSES = ("cross_entropy", *POLICY_LOSSES)
+VANISHING = ("importance_sampling", "ppo", "cispo")  # where the advantage is 0
+MAX_DIFFERENCE = 80.0  # of log-probabilities: exp of it is a float32, and beyond any bound of a ratio
 
 
 def job_losses(logprobs: Tensor, counts: Sequence[int], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -54,13 +65,35 @@ def datum_loss(datum: Datum, logprobs: Tensor, name: str) -> Tensor:
 
     # A token without weight or advantage is left out before anything is computed from it: 0 times infinity is NaN, in
     # the gradient, too.
-    weights, advantages = column(datum.weights), column(datum.advantages)
+    weights, advantages, old = column(datum.weights), column(datum.advantages), column(datum.old_logprobs)
     live = torch.ones_like(logprobs, dtype=torch.bool)
-    for factor in (weights, advantages if datum.loss == "importance_sampling" else None):
+    for factor in (weights, advantages if datum.loss in VANISHING else None):
         live = live if factor is None else live & (factor != 0)
     logprobs = torch.where(live, logprobs, 0.0)
     terms = -logprobs
-    if datum.loss == "importance_sampling" and advantages is not None:
-        old = column(datum.old_logprobs)
-        terms = -advantages * (logprobs - torch.where(live, logprobs if old is None else old, 0.0)).exp()
+    if datum.loss in POLICY_LOSSES and advantages is not None and old is not None:
+        settings = {**POLICY_LOSSES[str(datum.loss)], **(datum.loss_config or {})}
+        terms = _policy_terms(str(datum.loss), logprobs, torch.where(live, old, 0.0), advantages, settings)
     return terms.mean() if weights is None else (weights * terms).sum()
+
+
+def _policy_terms(
+    loss: str, logprobs: Tensor, old: Tensor, advantages: Tensor, settings: Mapping[str, float]
+) -> Tensor:
+    """Each token's term [n] of a policy loss; with r = exp(logprob - old) and the advantage A:
+
+    importance_sampling: -r A
+    ppo: -min(r A, clip(r) A) (arXiv 1707.06347)
+    cispo: -clip(r) A logprob, without a gradient through clip(r) (arXiv 2506.13585)
+    dro: -(A logprob - beta / 2 (logprob - old)^2) (arXiv 2405.19107)
+    """
+    difference = logprobs - old
+    if loss == "dro":
+        return -(advantages * logprobs - settings["beta"] / 2 * difference.square())
+    if loss == "importance_sampling":
+        return -advantages * difference.exp()
+    ratio = difference.clamp(max=MAX_DIFFERENCE).exp()
+    clipped = ratio.clamp(settings["clip_low"], settings["clip_high"])
+    if loss == "cispo":
+        return -clipped.detach() * advantages * logprobs
+    return -torch.minimum(ratio * advantages, clipped * advantages)

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,8 +17,8 @@ from seal_engine.model.adapters import Adapter
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
 from seal_engine.training.jobs import AdamParams, Datum, DatumResult
-from seal_engine.training.losses import datum_loss
-from seal_engine.types import InputError, PackedBatch, chunks, is_list, require
+from seal_engine.training.losses import LOSSES, POLICY_LOSSES, datum_loss
+from seal_engine.types import InputError, PackedBatch, chunks, is_list, is_number, require
 from seal_kernels.adamw import Hyper, adamw_step
 from seal_kernels.cross_entropy import IGNORE
 from seal_kernels.transfer import to_device
@@ -223,10 +223,9 @@ def _check_datum(datum: Datum, name: str, model: Model) -> None:
     require(
         n >= 2, f"{name}.token_ids", datum.token_ids, "at least two tokens: the second is the first that is predicted"
     )
-    known = ("cross_entropy", "importance_sampling")
-    require(
-        callable(datum.loss) or datum.loss in known, f"{name}.loss", datum.loss, f"one of {list(known)} or a callable"
-    )
+    known = callable(datum.loss) or datum.loss in LOSSES
+    require(known, f"{name}.loss", datum.loss, f"one of {list(LOSSES)} or a callable")
+    _check_loss_config(datum, f"{name}.loss_config")
     if datum.target_ids is not None:
         require(datum.loss == "cross_entropy", f"{name}.loss", datum.loss, "cross_entropy beside target_ids")
         for field in ("old_logprobs", "advantages"):
@@ -234,7 +233,7 @@ def _check_datum(datum: Datum, name: str, model: Model) -> None:
         fields = (f"{name}.target_ids", f"{name}.weights")
         check_soft_targets(datum.target_ids, datum.weights, (n, n - 1), model.config.vocab_size, fields)
         return
-    needed = {"old_logprobs", "advantages"} if datum.loss == "importance_sampling" else set()
+    needed = {"old_logprobs", "advantages"} if datum.loss in POLICY_LOSSES else set()
     for field in ("weights", "old_logprobs", "advantages"):
         values = getattr(datum, field)
         if values is None:
@@ -248,3 +247,16 @@ def _check_datum(datum: Datum, name: str, model: Model) -> None:
         require(column.dim() == 1, f"{name}.{field}", values, f"{n} or {n - 1} numbers")
         require(len(column) in (n, n - 1), f"{name}.{field}", f"{len(column)} entries", f"{n} or {n - 1} numbers")
         require(bool(column.isfinite().all()), f"{name}.{field}", values, "finite numbers")
+
+
+def _check_loss_config(datum: Datum, name: str) -> None:
+    if datum.loss_config is None:
+        return
+    defaults = {} if callable(datum.loss) else POLICY_LOSSES.get(datum.loss, {})
+    fits = isinstance(datum.loss_config, Mapping) and datum.loss_config.keys() <= defaults.keys()
+    require(fits, name, datum.loss_config, f"settings of this loss: {list(defaults)}")
+    for key, value in datum.loss_config.items():
+        require(is_number(value) and value >= 0, f"{name}[{key!r}]", value, "a number >= 0")
+    settings = {**defaults, **datum.loss_config}
+    ordered = settings.get("clip_low", 0) <= settings.get("clip_high", 0)
+    require(ordered, name, datum.loss_config, "clip_low <= clip_high")

@@ -12,8 +12,8 @@ import torch
 
 import oracle
 from seal_engine import LoraConfig
-from seal_engine.cli.engine import memory
 from seal_engine.cli.main import main
+from seal_engine.cli.plan import memory
 from seal_engine.model.config import ModelConfig
 from seal_engine.plan import make_plan
 

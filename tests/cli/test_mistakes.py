@@ -171,8 +171,12 @@ def test_generate_finds_the_only_adapter_one_level_down_or_lists_them(trained, c
     [
         ([], "assumed: GPU (no --cpu), base weights in bfloat16 (config.json)"),
         (["--cpu", "--dtype", "float32"], "assumed: CPU (--cpu), base weights in float32 (--dtype)"),
+        (
+            ["--quantize", "nf4"],
+            "assumed: GPU (no --cpu), base weights in bfloat16 (config.json), linears in nf4 (--quantize)",
+        ),
     ],
-    ids=["by default", "flags"],
+    ids=["by default", "flags", "quantised"],
 )
 def test_plan_puts_the_answer_first_and_says_what_it_assumed(flags, assumed, capsys):
     """The shipped model's config.json names bfloat16."""
@@ -199,20 +203,15 @@ def test_summaries_are_those_of_the_functions(name):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demmo"]], ids=" ".join)
-def test_torch_is_not_imported_before_it_is_needed(arguments):
+def test_torch_is_not_imported_before_it_is_needed(arguments, record_property, capsys):
+    """What takes seconds to import is not there when help has been printed; the time is reported, as others may want
+    the cores: 0.1 s alone, and 2 s with torch."""
     code = f"import sys; from seal_engine.cli.main import main\ntry: main({arguments})\n"
-    code += "finally: print(sorted({'torch', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+    code += "finally: print(sorted({'torch', 'numpy', 'triton'} & sys.modules.keys()), file=sys.stderr)"
+    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
     assert done.stderr.splitlines()[-1] == "[]"
-
-
-def test_help_is_there_within_a_third_of_a_second():
-    """The fastest of five processes, as others may want the cores; it takes 0.1 s alone, and took 2 s with torch."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "seal_engine", "--help"], env=ENVIRONMENT, capture_output=True, check=True
-        )
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
+    record_property("seconds", seconds)
+    with capsys.disabled():
+        print(f" {arguments[0]} in {seconds:.2f} s ", end="")

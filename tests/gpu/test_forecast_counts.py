@@ -132,14 +132,12 @@ def test_the_table_is_what_is_counted(recorder, device):
         units = {name: unit(phase, name) for name in names}
         rest = combine((1, base[phase]), *((-1, count) for count in units.values()))
         counted[phase] = {"once": rest, **units}
-    for recompute, names in (("mlp", ("layer", "adapted_layer")), ("layer", ("layer", "group"))):
+    names = "layer", "adapted_layer"
+    for recompute in ("mlp", "layer"):
         extra = [
             combine((1, passes(recompute=recompute, groups=n)["backward"]), (-1, passes(groups=n)["backward"]))
             for n in TARGETS
         ]
-        if recompute == "layer":
-            group = Count(*(n // 3 for n in combine((1, extra[1]), (-1, extra[0]))))
-            extra = [combine((1, extra[0]), (-1, group)), group]
         counted[f"{recompute.replace('mlp', 'MLP')} again"] = dict(zip(names, extra, strict=True))
 
     prompts, with_adapters, all_groups, deeper = (
@@ -182,7 +180,7 @@ def test_units_add_up(recorder, recompute):
     layers, jobs, chunks, groups = 3, 2, 3, 4
     again = {
         "none": {}, "mlp": {("MLP again", "adapted_layer"): layers},
-        "layer": {("layer again", "layer"): layers, ("layer again", "group"): layers * groups},
+        "layer": {("layer again", "adapted_layer"): layers},
     }[recompute]  # fmt: skip
     numbers = {"once": 1, "layer": layers, "job": jobs, "chunk": chunks, "group": layers * groups}
     for phase, count in training_pass(recorder, recompute, layers, jobs, chunks, groups).items():

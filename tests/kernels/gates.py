@@ -35,6 +35,7 @@ TRITON_NAMES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.int8: "i8",
 }
 
 compiles = pytest.mark.skipif(INTERPRET, reason="compile gates need compilable kernels: run without TRITON_INTERPRET")

@@ -86,7 +86,8 @@ def test_scores_far_below_zero(dtype):
     """exp(score) is 0 here, so that a softmax that forgets to subtract the largest score divides 0 by 0."""
     torch.manual_seed(5)
     q, k, v = (randn(70, 1, 32, dtype=dtype) for _ in range(3))
-    assert torch.equal(attention(q.abs() * -40, k.abs(), v, *packing([70]), window=1), v)
+    # A GPU subtracts before it rounds the score: the one weight is no exact 1 before it is divided by the sum, itself.
+    torch.testing.assert_close(attention(q.abs() * -40, k.abs(), v, *packing([70]), window=1), v)
     torch.testing.assert_close(
         attention(q.abs() * -40, k.abs(), torch.ones_like(v), *packing([70])), torch.ones_like(v)
     )

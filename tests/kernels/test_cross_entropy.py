@@ -308,14 +308,15 @@ def test_memory():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="of the GPU path")
 def test_memory_of_a_gpu():
-    T, D, V = 4096, 64, 152000
+    """That of a chunk, and of a gradient per token: 0.9 GB where all logits are 10 GB."""
+    T, D, V = 16384, 64, 152000
     hidden, weight, targets = problem(T, D, V, torch.bfloat16)
     hidden.requires_grad_()
     cross_entropy(hidden[:8], weight, targets[:8])[0].backward()  # the library's workspace is not of this function
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     cross_entropy(hidden, weight, targets)[0].backward()
-    assert torch.cuda.max_memory_allocated() - before < 0.1 * T * V * 4
+    assert torch.cuda.max_memory_allocated() - before < CHUNK_BYTES + 16 * T * D + 2**20
 
 
 def test_chunk_tokens():
