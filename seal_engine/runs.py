@@ -55,6 +55,7 @@ MUTABLE = (
     "endpoint_timeout",
     "endpoint_fields",
 )
+GROWING = ("rounds",)  # settings that may be larger when a run goes on
 MEGABYTE = 1 << 20
 MODEL_FILES: tuple[str, ...] = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -198,10 +199,24 @@ def start(
     # A file that lies elsewhere now is the same file if its digest is the same; a run of an earlier version took fewer.
     mutable = (*MUTABLE, "model", "policies", *files)
     defaults = {name: value for kind in kinds for name, value in defaults_of(kind).items()} | {"sha256": fingerprint}
-    with Ledger.open(out, settings, mutable, defaults) as ledger:
-        TASKS[task].loop.make(engine, domain, loop, ledger, log, progress).run()
+    with Ledger.open(out, settings, mutable, defaults, GROWING) as ledger:
+        work = TASKS[task].loop.make(engine, domain, loop, ledger, log, progress)
+        if work.is_finished():
+            log(_finished_line(ledger))
+        work.run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
+
+
+def _finished_line(ledger: Ledger) -> str:
+    """That a run has nothing left to do, and how to go on."""
+    _, finished, _ = ledger.steps()[-1]
+    rounds = ledger.config.get("rounds")
+    line = f"{ledger.directory}: finished {finished[:16].replace('T', ' ')} UTC; nothing is run again"
+    if rounds is None:
+        return line
+    done = f"{rounds} round{'' if rounds == 1 else 's'}"
+    return f"{line}. It has {done}; to go on: seal-engine resume {ledger.directory} --rounds {rounds + 1}"
 
 
 def _validate_policy_update(engine: Engine, loop: object) -> None:
@@ -213,12 +228,18 @@ def _validate_policy_update(engine: Engine, loop: object) -> None:
         raise InputError(f"policy_update: found 'merge'; accepted: {accepted}")
 
 
-def resume(directory: str | Path, log: Callable[[str], None] = write_line, progress: bool = True) -> Path:
-    """Go on with a run, from its directory alone."""
+def resume(
+    directory: str | Path,
+    log: Callable[[str], None] = write_line,
+    progress: bool = True,
+    rounds: int | None = None,
+) -> Path:
+    """Go on with a run, from its directory alone. rounds: at least as many as it began with; None: as many."""
     with Ledger.read(directory) as ledger:
         settings = dict(ledger.config)
     task = settings.pop("task", None)
     settings.pop("sha256", None)
+    settings |= {} if rounds is None else {"rounds": rounds}
     return start(str(task), settings, directory, log, progress)
 
 

@@ -80,12 +80,14 @@ def run(options: argparse.Namespace) -> None:
 
 def resume_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="directory of a run that was interrupted", metavar="DIR")
+    more = "rounds of the whole run, at least as many as it began with: a finished run goes on with those it lacks"
+    parser.add_argument("--rounds", help=more, type=int, metavar="N")
     _run_arguments(parser)
 
 
 def resume(options: argparse.Namespace) -> None:
-    """Resume a run that was interrupted."""
-    _finish(runs.resume(options.directory, *_shown(options)), options)
+    """Resume a run that was interrupted, or add rounds to one that is finished."""
+    _finish(runs.resume(options.directory, *_shown(options), options.rounds), options)
 
 
 def _finish(directory: Path, options: argparse.Namespace) -> None:

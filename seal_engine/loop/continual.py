@@ -31,6 +31,7 @@ from seal_engine.loop.inner import InnerLoop, derive_seed
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import SelfEdit, Trial
 from seal_engine.loop.steps import sample_self_edits
+from seal_engine.progress import write_line
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import TrainResult
 from seal_engine.types import require
@@ -87,7 +88,7 @@ class Continual:
         domain: PassageDomain,
         config: ContinualConfig,
         ledger: Ledger,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = write_line,
         progress: bool = True,
     ):
         """log: takes one line of text on what has been measured. progress: bars for what takes over a second."""
@@ -104,6 +105,10 @@ class Continual:
         for seed in self.config.seeds:
             if not self.ledger.finished(f"seed {seed}, probes"):
                 self._run_seed(seed)
+
+    def is_finished(self) -> bool:
+        """Whether all seeds are through all steps."""
+        return all(self.ledger.finished(f"seed {seed}, probes") for seed in self.config.seeds)
 
     def _run_seed(self, seed: int) -> None:
         config = self.config
