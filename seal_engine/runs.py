@@ -16,9 +16,11 @@ from typing import Any
 from seal_engine.domains.few_shot.puzzle_picture import write_puzzles
 from seal_engine.domains.few_shot.submission import write_submission
 from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
+from seal_engine.domains.knowledge.context_texts import write_contexts
 from seal_engine.domains.knowledge.seal_files import write_result, write_sft
 from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig, validate_sizes
 from seal_engine.engine import Engine
+from seal_engine.environment import record_environment
 from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.continual import Continual, validate_continual
 from seal_engine.loop.continual_config import ContinualConfig
@@ -93,7 +95,8 @@ CONTINUAL = Loop(ContinualConfig, validate_continual, Continual)
 
 @dataclass(frozen=True)
 class Task:
-    """Something that can be run. defaults: in place of the configurations' own."""
+    """Something that can be run. defaults: in place of the configurations' own. begin, finish: what is written before
+    the loop and after it."""
 
     config: type
     make: Callable[[Any, Engine], Any]
@@ -101,6 +104,12 @@ class Task:
     defaults: Mapping[str, Any]
     summary: str
     loop: Loop = RESTEM
+    begin: Callable[[Any, Ledger], None] = lambda domain, ledger: None
+
+
+def write_passages(domain: Knowledge, ledger: Ledger) -> None:
+    """What the report shows of passages and questions."""
+    write_contexts(domain.passages, ledger.directory)
 
 
 def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
@@ -125,14 +134,16 @@ def write_arc_files(domain: FewShot, ledger: Ledger) -> None:
 
 
 TASKS = {
-    "knowledge": Task(KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them"),
+    "knowledge": Task(
+        KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them", begin=write_passages,
+    ),
     "few-shot": Task(
         FewShotConfig, FewShot, write_arc_files, PUBLISHED,
         "learn to solve puzzles (ARC): self-edits choose augmentations and hyper-parameters",
     ),
     "miniature": Task(
         KnowledgeConfig, make_miniature, write_seal_files, MINIATURE,
-        "knowledge with the shipped model, in a small world of invented people",
+        "knowledge with the shipped model, in a small world of invented people", begin=write_passages,
     ),
     "puzzle-miniature": Task(
         FewShotConfig, make_puzzle_miniature, write_arc_files, PUZZLE_MINIATURE,
@@ -200,6 +211,8 @@ def start(
     mutable = (*MUTABLE, "model", "policies", *files)
     defaults = {name: value for kind in kinds for name, value in defaults_of(kind).items()} | {"sha256": fingerprint}
     with Ledger.open(out, settings, mutable, defaults, GROWING) as ledger:
+        record_environment(ledger.directory, engine.model.device)
+        TASKS[task].begin(domain, ledger)
         work = TASKS[task].loop.make(engine, domain, loop, ledger, log, progress)
         if work.is_finished():
             log(_finished_line(ledger))

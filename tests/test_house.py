@@ -15,6 +15,7 @@ ROOMS = [
     {"errors"},
     {"types"},
     {"files", "progress"},
+    {"environment", "svg"},
     {"model"},
     {"plan"},
     {"training.jobs", "sampling.requests"},  # what callers hand over: types that cross rooms

@@ -68,7 +68,7 @@ VERBS = {  # name -> the module of seal_engine.cli that has the functions NAME a
     "demo": ("run", "Watch a miniature model learn to write its own training data: minutes on a CPU, no download."),
     "run": ("run", "Run the loop on a task: self-edits, adapters, questions, a better policy."),
     "resume": ("run", "Resume a run that was interrupted, or add rounds to one that is finished."),
-    "report": ("run", "Write a run's page and pictures, and print its table."),
+    "report": ("run", "Write a run's page and pictures, and print its table; or compare runs."),
     "train": ("engine", "Train an adapter on each file, all at once."),
     "generate": ("engine", "Continue prompts with the base or with adapters, all at once."),
     "serve": ("serve", "Serve a model and its adapters: OpenAI's API, vLLM's adapter calls, SEAL's inner loop."),
