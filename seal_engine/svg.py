@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 WIDTH = 440
+FILE_WIDTH = 570  # pixels of a picture that is shown as a file of its own
 LINE = 15  # height of a line of text
 # Text on paper has a contrast of 4.5 or more, marks of 3 or more.
 THEME = """
@@ -78,13 +79,15 @@ def picture(height: float, alternative: str, parts: Iterable[str]) -> str:
 
 def standalone(svg: str) -> bytes:
     """A picture as a file of its own, which follows the theme of whoever shows it."""
-    svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    svg = svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{FILE_WIDTH}"', 1)
     return svg.replace("\n", f"\n<style>{THEME}{STYLE}</style>\n", 1).encode("utf-8", "replace")
 
 
 def embedded(file: bytes) -> str:
     """The inverse of standalone: the picture as part of a page that has the theme."""
-    return re.sub(r'(<svg) xmlns="[^"]*"(.*?)\n<style>.*?</style>', r"\1\2", file.decode(), count=1, flags=re.DOTALL)
+    return re.sub(
+        r'(<svg) xmlns="[^"]*" width="[^"]*"(.*?)\n<style>.*?</style>', r"\1\2", file.decode(), count=1, flags=re.DOTALL
+    )
 
 
 def axis_step(largest: float, most: int = 6) -> float:

@@ -24,7 +24,7 @@ def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[st
         *((f"time: {name}", duration(seconds)) for name, seconds in result.seconds.items()),
     ]
     return document(
-        "One edit after another",
+        continual_claim(result),
         [
             "<h2>Run</h2>\n" + table(("", ""), facts),
             "<h2>What is learned and what is kept</h2>\n" + _measures(result),
@@ -33,6 +33,16 @@ def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[st
             "<h2>Settings</h2>\n" + settings,
         ],
     )
+
+
+def continual_claim(result: ContinualResult) -> str:
+    """The finding: the method that keeps most, beside merging each edit into the model."""
+    kept = {method.name: method.kept for method in result.methods if method.kept is not None}
+    if not kept:
+        return "One edit after another: nothing has been measured yet"
+    best = max(kept, key=lambda name: kept[name])
+    merge = f", merge {kept['merge']:.0%}" if best != "merge" and "merge" in kept else ""
+    return f"After {result.passages} edits {best} keeps {kept[best]:.0%}{merge}"
 
 
 def _measures(result: ContinualResult) -> str:

@@ -45,7 +45,7 @@ def _matrices(methods: Sequence[MethodResult]) -> str:
         shown = [(m, mean_matrix(m.matrices)) for m in methods[first : first + COLUMNS]]
         height = 0.0
         for column, (method, cells) in enumerate(shown):
-            size = min(14.0, (room - 10) / len(cells[0]))
+            size = min(20.0, (room - 10) / len(cells[0]))
             left, height = column * room, max(height, size * len(cells))
             parts.append(words(left, upper + 14, cut_name(method.name, 17), "small bold", method.name))
             for t, row in enumerate(cells):

@@ -107,7 +107,7 @@ def _line_of_means(
         parts.append(dot(x[number], y(mean), 4.5, f"{fill} s-{colour} line", hover))
         if len(rounds) <= MOST_TICKS or number in (min(rounds), max(rounds)):
             farthest = min(own.values()) if label_below else max(own.values())
-            place = y(farthest) + (18 if label_below else -8)
+            place = y(farthest) + (18 if label_below and y(farthest) < y(0) - 8 else -8)
             parts.append(words(x[number], place, f"{100 * mean:.1f}", f"mid bold t-{colour}"))
     return parts
 

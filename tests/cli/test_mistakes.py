@@ -42,7 +42,7 @@ def test_version(capsys):
         (["run", "knowledge", "--rouds=3"], "--rouds: unknown flag; did you mean --rounds? See"),
         (["demo", "--seed", "2"], "--seed: unknown flag; did you mean --seeds? See"),
         (["demo", "--speed-of-light"], "--speed-of-light: unknown flag; see"),
-        (["report", "runs/a", "runs/b"], "runs/b: unknown argument; see"),
+        (["resume", "runs/a", "runs/b"], "runs/b: unknown argument; see"),
     ],
     ids=["typo", "typo before what is missing", "abbreviation", "nothing similar", "argument too many"],
 )

@@ -43,6 +43,7 @@ def test_the_page_shows_measures_and_probes():
     for shown in ("+25.0 (+10.0 to +40.0)", "routed 75.0", "0.125", "<p>settings</p>"):
         assert shown in page
     assert "the untrained model has 10.0" in page
+    assert "<h1>After 2 edits merge keeps 50%</h1>" in page
 
 
 def test_pictures_have_their_values_on_hover_and_change_with_what_they_show():
