@@ -53,7 +53,7 @@ def _commit() -> str:
     """Of the checkout that this package is part of; an installed copy has none."""
     package = Path(__file__).parent
     try:
-        for command in (["ls-files", "--error-unmatch", Path(__file__).name], ["describe", "--always", "--dirty"]):
+        for command in (["ls-files", "--error-unmatch", "__init__.py"], ["describe", "--always", "--dirty"]):
             done = subprocess.run(["git", *command], cwd=package, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "none: not a checkout"

@@ -191,7 +191,7 @@ def start(
     files = {name: _digest(values[name]) for name in FILES if values.get(name)}
     files |= {f"policies[{i}]": _digest(path) for i, path in enumerate(values.get("policies", ()))}
     settings = asdict(engine_config) | asdict(loop) | asdict(own)
-    if isinstance(own, KnowledgeConfig) and isinstance(loop, LoopConfig) and own.data and loop.rounds:
+    if TASKS[task].make is Knowledge and isinstance(loop, LoopConfig) and own.data and loop.rounds:
         validate_sizes(own, loop.contexts)
     quantize = None if engine_config.quantize == "none" else engine_config.quantize
     engine = Engine.from_pretrained(

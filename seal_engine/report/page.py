@@ -167,6 +167,11 @@ def _accuracy(data: RunData, measured: Sequence[tuple[str, Sequence[float]]]) ->
         for name, own in measured
     ]
     note = "Accuracy in percent, on held-out contexts: mean and standard deviation (sd) over seeds."
+    if "passage in the prompt" in data.accuracies:
+        note += (
+            " No adapter: the model as it is, which has not seen the passages. Passage in the prompt: the same, with "
+            "the passage to read. Passage only: an adapter trained on the passage itself."
+        )
     return table(("method", "accuracy", "sd", "seeds"), lines, (1, 2, 3)) + f'<p class="note">{note}</p>\n'
 
 

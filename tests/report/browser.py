@@ -3,11 +3,13 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 120  # seconds that an answer may take
 
 
 class Browser:
@@ -81,6 +83,8 @@ class Browser:
 
     def _read(self):
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], PATIENCE)
+            assert ready, f"the browser has said nothing for {PATIENCE} s"
             more = os.read(self._in, 1 << 20)
             assert more, "the browser has ended"
             self._buffer += more
