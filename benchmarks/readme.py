@@ -189,6 +189,63 @@ def seal_round() -> str:
     return table(heads, lines) + source("bench_seal_round_cpu", machine)
 
 
+def h100_round() -> str:
+    """Ten passages of the published round on a GPU, by part, beside what had been forecast for them."""
+    rows, machine = read("bench_seal_round_cuda")
+    lines = []
+    for part in ("sampling", "training", "asking", "updating", "round"):
+        of_part = {row["who"]: row for row in rows if row["part"] == part}
+        ours, floor = of_part["seal_engine"], of_part["floor"]
+        faster = [of_part.get(who) for who in ("peft, one at a time", "peft, padded to 2048")]
+        cells = [
+            part, f"{ours['seconds']:.3g} s", f"{FORECAST[part]:.3g} s", f"{floor['seconds']:.3g} s",
+            f"{ours['percent_of_floor']:.0f}%" + (f" ({floor['limit']})" if "limit" in floor else ""),
+            *("" if row is None else f"{row['seal_engine_times_faster']:.1f}" for row in faster),
+        ]  # fmt: skip
+        lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
+    heads = ("part", "seal_engine", "forecast before", "floor", "share of its floor", "times faster than PEFT",
+             "than PEFT, padded")  # fmt: skip
+    whole = pick(rows, part="round", who="floor")
+    rates = (
+        f"{whole['matrix_tflops']:.0f} TFLOP/s and {whole['copy_gb_per_s']:,.0f} GB/s were measured in the same run."
+    )
+    return table(heads, lines) + prose(rates) + source("bench_seal_round_cuda", machine, " --passages 10")
+
+
+# What the forecast that was committed on 2026-11-25 said of the ten passages that were run.
+FORECAST = {"sampling": 8.03, "training": 32.97, "asking": 2.04, "updating": 0.63, "round": 43.67}
+
+
+def h100_kernels() -> str:
+    """Each kernel on a GPU beside its floor and beside torch."""
+    lines = []
+    for name in ("attention", "paged_attention", "cross_entropy", "sampling", "rms_norm", "swiglu", "rotary"):
+        rows, machine = read(f"bench_{name}_cuda")
+        for ours in (row for row in rows if row["who"] == "seal_kernels"):
+            torch = pick(rows, case=ours["case"], who="torch")
+            floor = f"{ours['percent_of_floor']:.0f}% ({ours['limit']})"
+            faster = f"{torch['us'] / ours['us']:.1f}"
+            lines.append([f"{name}: {ours['case']}", f"{ours['us']:,.0f} us", floor, faster])
+    rows, machine = read("bench_lora_cuda")
+    for ours in (row for row in rows if row["who"] == "low-rank" and row["rank"] == 32):
+        whole, loop = (
+            pick(rows, **{name: ours[name] for name in ("case", "adapters", "rank")}, who=who)
+            for who in ("whole", "loop")
+        )
+        what = f"lora, {ours['adapters']} adapters: {ours['case']}, with the frozen product, forward and backward"
+        floor = f"{whole['percent_of_floor']:.0f}% ({whole['limit']})"
+        lines.append([what, f"{whole['us']:,.0f} us", floor, f"{loop['us'] / whole['us']:.1f}"])
+    heads = (
+        "kernel and case",
+        "seal_kernels",
+        "share of its floor",
+        "times faster than torch, or than a loop in torch",
+    )
+    where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
+    command = "\n```\nbash benchmarks/gpu.sh benchmarks/results kernels\n```\n"
+    return table(heads, lines) + prose(f"Recorded in `benchmarks/results/bench_*_cuda.json` ({where}) by") + command
+
+
 def forecast_round() -> str:
     """The forecast of a published round on two GPUs."""
     records = [json.loads((RESULTS / f"forecast_round_{gpu}.json").read_text()) for gpu in ("h100", "h200")]
@@ -251,10 +308,16 @@ def speed() -> str:
     ours = pick([r for r in samples if r.get("than_the_best_of_the_baseline")], adapters=32, who="seal_engine")
     faster = f"{ours['than_the_best_of_the_baseline']:.1f}"
     lines.append(["sampling with 32 adapters in one batch, 2m", f"{rate(ours['tokens_per_s'])} tokens/s", faster, ""])
-    heads = ("on two CPU cores", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
-    files = "`bench_seal_round_cpu.json` and `bench_sample_cpu.json` in `benchmarks/results`"
-    text = f"Recorded in {files} ({machine['device']}, {machine['date']}); docs/benchmarks.md has the commands."
-    return table(heads, lines) + prose(text)
+    on_gpu, gpu = read("bench_seal_round_cuda")
+    for part, what in (("training", "150 adapters at once"), ("sampling", "50 completions at once")):
+        ours, alone, padded = (row for row in on_gpu if row["part"] == part and row["who"] != "floor")
+        factors = [f"{row['seal_engine_times_faster']:.1f}" for row in (alone, padded)]
+        line = [f"{part} in a round of 10 passages, {ours['shape']} {ours['dtype']}, {what}", *factors]
+        lines.append([line[0] + ", H100", f"{ours['seconds']:.3g} s", *line[1:]])
+    heads = ("two CPU cores; one H100", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
+    files = "`benchmarks/results/bench_seal_round_*.json` and `bench_sample_cpu.json`"
+    where = f"{machine['device']}, {machine['date']}; {gpu['device']}, {gpu['date']}"
+    return table(heads, lines) + prose(f"Recorded in {files} ({where}); docs/benchmarks.md has the commands.")
 
 
 def serve() -> str:
@@ -377,7 +440,18 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / page: {function.__name__: function for function in functions}
     for page, functions in {
         "README.md": (demo_knowledge, speed),
-        "docs/benchmarks.md": (demo_few_shot, seal_round, forecast_round, few_shot, model, train, scaling, sample),
+        "docs/benchmarks.md": (
+            demo_few_shot,
+            seal_round,
+            h100_round,
+            h100_kernels,
+            forecast_round,
+            few_shot,
+            model,
+            train,
+            scaling,
+            sample,
+        ),
         "docs/serve.md": (serve,),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()
