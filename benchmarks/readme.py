@@ -365,8 +365,8 @@ def forgetting_short() -> str:
     )
     return prose(
         "Merged one after another, edits destroy each other (`demo continual`): of an accuracy of "
-        f"{learned[0]}% just after each of eight edits {kept[0]}% are left at the end. One set of weights keeps {kept[1]} "
-        f"of {learned[1]} where updates spare what is known, a bank of adapters {kept[2]} of {learned[2]} "
+        f"{learned[0]}% just after each of eight edits {kept[0]}% are left at the end. One set of weights keeps "
+        f"{kept[1]} of {learned[1]} where updates spare what is known, a bank of adapters {kept[2]} of {learned[2]} "
         "([docs/forgetting.md](docs/forgetting.md), 13 methods):"
     )
 
