@@ -57,18 +57,18 @@ def test_a_patient_prompt_begins_when_nothing_trains(worker, engine):
     """Beside a job of seconds one with an hour's patience ends after the job, one with a tenth of a second before it;
     cancelled while it waits, it is counted out.
     """
-    (trained,) = worker.train([job(400)])
+    (trained,) = worker.train([job(150)])
     patient, hasty, dropped = (SampleRequest(IDS, SHORT, patience=seconds) for seconds in (3600, 0.1, 3600))
     ends = {}
     for name, request in (("job", trained), ("patient", patient), ("hasty", hasty)):
         request.future.add_done_callback(lambda _, name=name: ends.setdefault(name, monotonic()))
     worker.sample([hasty])
-    assert hasty.future.result(30) is not None
+    assert hasty.future.result(120) is not None
     worker.sample([patient, dropped])
     worker.cancel(dropped)
     with pytest.raises(CancelledError):
         dropped.future.result(30)
-    assert patient.future.result(60).outputs[0].token_ids == hasty.future.result().outputs[0].token_ids
+    assert patient.future.result(120).outputs[0].token_ids == hasty.future.result().outputs[0].token_ids
     assert ends["hasty"] < ends["job"] <= ends["patient"]
     assert not worker.busy
 
