@@ -54,11 +54,11 @@ def test_an_adapter_is_sampled_as_soon_as_it_is_trained(worker, engine):
 
 
 def test_a_patient_prompt_begins_when_nothing_trains(worker, engine):
-    """Beside a job of seconds one with an hour's patience ends after the job, one with a tenth of a second before it;
+    """Beside a job of seconds one with an hour's patience ends after the job, one with 20 ms before it;
     cancelled while it waits, it is counted out.
     """
-    (trained,) = worker.train([job(150)])
-    patient, hasty, dropped = (SampleRequest(IDS, SHORT, patience=seconds) for seconds in (3600, 0.1, 3600))
+    (trained,) = worker.train([job(60)])
+    patient, hasty, dropped = (SampleRequest(IDS, SHORT, patience=seconds) for seconds in (3600, 0.02, 3600))
     ends = {}
     for name, request in (("job", trained), ("patient", patient), ("hasty", hasty)):
         request.future.add_done_callback(lambda _, name=name: ends.setdefault(name, monotonic()))
