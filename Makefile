@@ -7,13 +7,13 @@ DEVELOPMENT := .venv/.dev
 
 .PHONY: demo test smoke check lint bench clean
 
-# What a run needs: torch first, which the package is not built without, and matplotlib for the pictures.
+# What a run needs: torch first, which the package is not built without.
 $(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) 'setuptools>=68' wheel
 	$(PIP) torch
-	$(PIP) --no-build-isolation -e '.[plot]'
+	$(PIP) --no-build-isolation -e .
 	touch $@
 
 # What tests, benchmarks and lint need besides: pytest, Transformers and PEFT, ruff, pyright; and a language model of 135M

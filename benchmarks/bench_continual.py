@@ -70,7 +70,7 @@ def test_continual(benchmark, record, request, tmp_path, policies, case):
         write_report(tmp_path / "run")
         for name in ("forgetting", "age", "cost"):
             shutil.copy(
-                tmp_path / "run" / f"{name}.png", results / f"continual_{case}_{name}_{measure.DEVICE.type}.png"
+                tmp_path / "run" / f"{name}.svg", results / f"continual_{case}_{name}_{measure.DEVICE.type}.svg"
             )
 
 

@@ -38,9 +38,9 @@ def run_demo(task, control, benchmark, record, results, directory):
            adapters=adapters, tokens=tokens)  # fmt: skip
     if results is not None and not control:
         write_report(directory)
-        for file in (directory / "accuracy.png", directory / "puzzles.png"):
+        for file in (directory / "accuracy.svg", directory / "puzzles.svg"):
             if file.exists():
-                shutil.copy(file, results / f"demo_{task}_{file.stem}_{measure.DEVICE.type}.png")
+                shutil.copy(file, results / f"demo_{task}_{file.stem}_{measure.DEVICE.type}.svg")
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["rewards", "shuffled rewards"])

@@ -165,14 +165,14 @@ def test_gpu(benchmark, record):
         device = measure.DEVICE
         numbers, rows = torch.zeros(64, device=device), torch.randn(4, 3584, device=device, dtype=torch.bfloat16)
         gate_up, weight = torch.randn(4, 37888, device=device, dtype=torch.bfloat16), torch.ones_like(rows[0])
-        heads = [torch.randn(550, n, 128, device=device, dtype=torch.bfloat16) for n in (28, 4, 4)]
+        q, k, v = (torch.randn(550, n, 128, device=device, dtype=torch.bfloat16) for n in (28, 4, 4))
         bounds = torch.arange(0, 551, 55, dtype=torch.int32, device=device)
         with torch.no_grad():
             launches: dict[str, Callable[[], Any]] = {
                 "torch": lambda: numbers.add_(1),
                 "swiglu": lambda: swiglu(gate_up),
                 "rms_norm": lambda: rms_norm(rows, weight, 1e-5),
-                "attention": lambda: attention(*heads, bounds, 55),
+                "attention": lambda: attention(q, k, v, bounds, 55),
             }
             for name, fn in launches.items():
                 record(what=f"launch of {name}", us=1e6 * host_seconds(fn))

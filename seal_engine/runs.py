@@ -16,9 +16,11 @@ from typing import Any
 from seal_engine.domains.few_shot.puzzle_picture import write_puzzles
 from seal_engine.domains.few_shot.submission import write_submission
 from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
+from seal_engine.domains.knowledge.context_texts import write_contexts
 from seal_engine.domains.knowledge.seal_files import write_result, write_sft
-from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
+from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig, validate_sizes
 from seal_engine.engine import Engine
+from seal_engine.environment import record_environment
 from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.continual import Continual, validate_continual
 from seal_engine.loop.continual_config import ContinualConfig
@@ -31,6 +33,7 @@ from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.gguf import is_gguf
 from seal_engine.model.quantize import QUANTIZE
+from seal_engine.progress import write_line
 from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
@@ -54,6 +57,7 @@ MUTABLE = (
     "endpoint_timeout",
     "endpoint_fields",
 )
+GROWING = ("rounds",)  # settings that may be larger when a run goes on
 MEGABYTE = 1 << 20
 MODEL_FILES: tuple[str, ...] = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -91,7 +95,8 @@ CONTINUAL = Loop(ContinualConfig, validate_continual, Continual)
 
 @dataclass(frozen=True)
 class Task:
-    """Something that can be run. defaults: in place of the configurations' own."""
+    """Something that can be run. defaults: in place of the configurations' own. begin, finish: what is written before
+    the loop and after it."""
 
     config: type
     make: Callable[[Any, Engine], Any]
@@ -99,6 +104,12 @@ class Task:
     defaults: Mapping[str, Any]
     summary: str
     loop: Loop = RESTEM
+    begin: Callable[[Any, Ledger], None] = lambda domain, ledger: None
+
+
+def write_passages(domain: Knowledge, ledger: Ledger) -> None:
+    """What the report shows of passages and questions."""
+    write_contexts(domain.passages, ledger.directory)
 
 
 def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
@@ -123,14 +134,16 @@ def write_arc_files(domain: FewShot, ledger: Ledger) -> None:
 
 
 TASKS = {
-    "knowledge": Task(KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them"),
+    "knowledge": Task(
+        KnowledgeConfig, Knowledge, write_seal_files, {}, "learn passages, answer without them", begin=write_passages,
+    ),
     "few-shot": Task(
         FewShotConfig, FewShot, write_arc_files, PUBLISHED,
         "learn to solve puzzles (ARC): self-edits choose augmentations and hyper-parameters",
     ),
     "miniature": Task(
         KnowledgeConfig, make_miniature, write_seal_files, MINIATURE,
-        "knowledge with the shipped model, in a small world of invented people",
+        "knowledge with the shipped model, in a small world of invented people", begin=write_passages,
     ),
     "puzzle-miniature": Task(
         FewShotConfig, make_puzzle_miniature, write_arc_files, PUZZLE_MINIATURE,
@@ -157,7 +170,7 @@ def start(
     task: str,
     values: Mapping[str, Any],
     out: str | Path,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = write_line,
     progress: bool = True,
 ) -> Path:
     """Run a task with the given settings, or go on with the run in `out`; returns its directory.
@@ -178,6 +191,8 @@ def start(
     files = {name: _digest(values[name]) for name in FILES if values.get(name)}
     files |= {f"policies[{i}]": _digest(path) for i, path in enumerate(values.get("policies", ()))}
     settings = asdict(engine_config) | asdict(loop) | asdict(own)
+    if isinstance(own, KnowledgeConfig) and isinstance(loop, LoopConfig) and own.data and loop.rounds:
+        validate_sizes(own, loop.contexts)
     quantize = None if engine_config.quantize == "none" else engine_config.quantize
     engine = Engine.from_pretrained(
         engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic, quantize
@@ -195,10 +210,26 @@ def start(
     # A file that lies elsewhere now is the same file if its digest is the same; a run of an earlier version took fewer.
     mutable = (*MUTABLE, "model", "policies", *files)
     defaults = {name: value for kind in kinds for name, value in defaults_of(kind).items()} | {"sha256": fingerprint}
-    with Ledger.open(out, settings, mutable, defaults) as ledger:
-        TASKS[task].loop.make(engine, domain, loop, ledger, log, progress).run()
+    with Ledger.open(out, settings, mutable, defaults, GROWING) as ledger:
+        record_environment(ledger.directory, engine.model.device)
+        TASKS[task].begin(domain, ledger)
+        work = TASKS[task].loop.make(engine, domain, loop, ledger, log, progress)
+        if work.is_finished():
+            log(_finished_line(ledger))
+        work.run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
+
+
+def _finished_line(ledger: Ledger) -> str:
+    """That a run has nothing left to do, and how to go on."""
+    _, finished, _ = ledger.steps()[-1]
+    rounds = ledger.config.get("rounds")
+    line = f"{ledger.directory}: finished {finished[:16].replace('T', ' ')} UTC; nothing is run again"
+    if rounds is None:
+        return line
+    done = f"{rounds} round{'' if rounds == 1 else 's'}"
+    return f"{line}. It has {done}; to go on: seal-engine resume {ledger.directory} --rounds {rounds + 1}"
 
 
 def _validate_policy_update(engine: Engine, loop: object) -> None:
@@ -210,12 +241,18 @@ def _validate_policy_update(engine: Engine, loop: object) -> None:
         raise InputError(f"policy_update: found 'merge'; accepted: {accepted}")
 
 
-def resume(directory: str | Path, log: Callable[[str], None] = print, progress: bool = True) -> Path:
-    """Go on with a run, from its directory alone."""
+def resume(
+    directory: str | Path,
+    log: Callable[[str], None] = write_line,
+    progress: bool = True,
+    rounds: int | None = None,
+) -> Path:
+    """Go on with a run, from its directory alone. rounds: at least as many as it began with; None: as many."""
     with Ledger.read(directory) as ledger:
         settings = dict(ledger.config)
     task = settings.pop("task", None)
     settings.pop("sha256", None)
+    settings |= {} if rounds is None else {"rounds": rounds}
     return start(str(task), settings, directory, log, progress)
 
 

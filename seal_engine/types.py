@@ -28,11 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seal_engine.errors import InputError
 from seal_kernels.transfer import to_device
-
-
-class InputError(ValueError):
-    """A user's mistake: the message names the file or field, what was found and what is accepted."""
 
 
 @dataclass(frozen=True)

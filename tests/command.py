@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["seal_engine.cli.main"])
+FORKSERVER.set_forkserver_preload(["seal_engine.cli.run"])
 
 
 def run_command(*arguments):

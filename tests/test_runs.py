@@ -74,3 +74,22 @@ def test_a_run_from_before_a_setting_existed_goes_on(home, capsys):
     (home / "other").rename(home / "run")
     assert main(command(home, "--keep-fraction=0.5")) == 2
     assert "keep_fraction: found 0.5; accepted: 0.2" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_rounds(home, capsys):
+    """The command that the line names works: it adds the first round, and all is then finished with it."""
+    said = [argument for argument in command(home) if argument != "--quiet"]
+    assert main(said) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    go_on = f"to go on: seal-engine resume {home / 'run'} --rounds 1"
+    assert line.startswith(f"{home / 'run'}: finished 20")
+    assert line.endswith(f" UTC; nothing is run again. It has 0 rounds; {go_on}")
+    assert main(["resume", str(home / "run"), "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing is run again" not in printed
+    assert "self-edits, after round 1" in printed
+    assert sorted(path.name for path in (home / "run").glob("ledger.sqlite*")) == ["ledger.sqlite"]
+    assert main(["resume", str(home / "run")]) == 0
+    assert "It has 1 round; to go on: " in capsys.readouterr().out
+    assert main(said) == 2
+    assert "config.rounds: found 0; accepted: 1, with which the run began, or more" in capsys.readouterr().err

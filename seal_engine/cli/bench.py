@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from seal_engine.errors import RunError
 from seal_engine.files import read_json
-from seal_engine.loop.restem import RunError
 from seal_engine.types import InputError, require
 
 ROOT = Path(__file__).parents[2]

@@ -1,25 +1,19 @@
-"""The verbs that need no loop: plan, train, generate."""
+"""The verbs that need a model and no loop: train, generate."""
 
 import argparse
 import json
-import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from seal_engine.engine import Engine
-from seal_engine.files import read_json, read_text
-from seal_engine.forecast.forecast import Forecast, as_json, forecast_round
-from seal_engine.forecast.published_round import MODEL, read_passages
-from seal_engine.forecast.rates import GPUS
-from seal_engine.model.config import DTYPES, ModelConfig
-from seal_engine.model.gguf import GGUFFile, is_gguf
-from seal_engine.model.gguf_config import read_gguf_config
-from seal_engine.model.quantize import QUANTIZE, parse_quantize
-from seal_engine.plan import RECOMPUTE, Plan, make_plan
+from seal_engine.files import read_text
+from seal_engine.model.config import DTYPES
+from seal_engine.model.quantize import QUANTIZE
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.training.jobs import SCHEDULERS, TrainJob, TrainSequence
-from seal_engine.types import InputError, LoraConfig, rename_field, renamed_errors, require
+from seal_engine.types import InputError, LoraConfig, rename_field, renamed_errors
 
 LINE_FIELDS = {"text": str, "messages": list, "prompt": str, "completion": str}  # of an object in a .jsonl file
 LINES = "a text, a list of token ids, a chat, or an object with text, with messages, or with prompt and completion"
@@ -39,175 +33,7 @@ FLAGS = {name: f"--{name.replace('_', '-')}" for name in (*SAMPLING_FLAGS, "stop
     "lora.target_modules": "--targets",
     "sequences": "--data",
 }
-PLAN_DEFAULTS = {  # what a plan can be asked about, and a forecast cannot
-    "rank": 8, "alpha": None, "targets": "q_proj,v_proj", "sequence_tokens": None, "adapters": None, "tokens": 8192,
-    "dtype": None, "quantize": None, "cpu": False, "recompute": "auto",
-}  # fmt: skip
-UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", 1)
-    for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
-}
-
-
-def plan_arguments(parser: argparse.ArgumentParser) -> None:
-    def add(name: str, text: str, **kwargs: Any) -> None:
-        shown = "" if kwargs.get("default") is None else " (default: %(default)s)"
-        parser.add_argument(name, help=text + shown, **kwargs)
-
-    add("--model", "checkpoint directory, a config.json or a .gguf file: weights are not read", metavar="PATH")
-    add("--round", "forecast a whole published round on --gpu, of Qwen2.5-7B or --model", action="store_true")
-    add("--gpu", "memory and rates of this GPU, in place of those below", choices=sorted(GPUS))
-    add("--memory", "of the device: 139GiB, 80GB, or bytes", type=memory, metavar="SIZE")
-    add("--rank", "r of each adapter", type=int, default=PLAN_DEFAULTS["rank"], metavar="N")
-    add("--alpha", "lora_alpha (default: the rank)", type=float, metavar="X")
-    targets = "adapted projections, separated by commas, or all-linear"
-    add("--targets", targets, default=PLAN_DEFAULTS["targets"], metavar="NAMES")
-    add("--sequence-tokens", "tokens an adapter trains on in one step", type=int, metavar="N")
-    add("--adapters", "adapters to train (default: as many as fit)", type=int, metavar="N")
-    add(
-        "--tokens",
-        "tokens in one step, of all adapters together",
-        type=int,
-        default=PLAN_DEFAULTS["tokens"],
-        metavar="N",
-    )
-    add("--dtype", "of the base weights (default: as the config says)", choices=sorted(DTYPES))
-    add("--quantize", "of the linears (default: as the config says)", choices=QUANTIZE)
-    add("--cpu", "plan for a CPU: activations are float32, and rates are a CPU's", action="store_true")
-    rate = "FLOP/s of matrix products, as measured (default: 750e12, or 150e9 with --cpu)"
-    add("--matrix-rate", rate, type=float, metavar="X")
-    bandwidth = "bytes/s of memory, as measured (default: 4e12, or 20e9 with --cpu)"
-    add("--bandwidth", bandwidth, type=float, metavar="X")
-    add("--recompute", "what backward computes again", choices=("auto", *RECOMPUTE), default=PLAN_DEFAULTS["recompute"])
-    add("--json", "add one JSON object as the last line of stdout", action="store_true")
-
-
-def plan(options: argparse.Namespace) -> None:
-    """Say how many adapters fit in memory at once, and how long a training step or a whole round takes."""
-    _validate_plan_options(options)
-    config = _read_config(options.model)
-    if options.gpu is not None:
-        gpu = GPUS[options.gpu]
-        options.memory = options.memory or gpu.memory
-        options.matrix_rate = options.matrix_rate or gpu.matrix_rate
-        options.bandwidth = options.bandwidth or gpu.copy_rate
-        if options.round:
-            gpu = gpu._replace(memory=options.memory, matrix_rate=options.matrix_rate, copy_rate=options.bandwidth)
-            made = forecast_round(config, gpu, read_passages())
-            print(_forecast_table(made))
-            if options.json:
-                print(json.dumps(as_json(made)))
-            return
-    targets = options.targets if options.targets == "all-linear" else tuple(options.targets.split(","))
-    alpha = options.rank if options.alpha is None else options.alpha
-    made = make_plan(
-        config,
-        LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=targets),
-        options.memory,
-        options.sequence_tokens,
-        adapters=options.adapters,
-        tokens=options.tokens,
-        dtype=DTYPES.get(options.dtype),
-        quantization=parse_quantize(options.quantize),
-        cpu=options.cpu,
-        recompute=options.recompute,
-        matrix_rate=options.matrix_rate,
-        bandwidth=options.bandwidth,
-    )
-    print(_plan_table(made, options.memory))
-    if options.json:
-        speed = {"step_seconds": made.step_seconds, "tokens_per_second": made.tokens / made.step_seconds}
-        print(json.dumps({"memory_bytes": options.memory, **asdict(made), **speed}))
-
-
-def _validate_plan_options(options: argparse.Namespace) -> None:
-    """InputError for options that are missing, or that a forecast, whose adapters are published, has no use for."""
-    memory_known = options.memory is not None or options.gpu is not None
-    needed = {"--model": options.model, "--memory": memory_known or None, "--sequence-tokens": options.sequence_tokens}
-    if options.round:
-        needed = {"--gpu": options.gpu}
-        for name, default in PLAN_DEFAULTS.items():
-            value = getattr(options, name)
-            require(
-                value == default,
-                f"--{name.replace('_', '-')}",
-                value,
-                "none with --round, whose settings are published",
-            )
-    missing = [name for name, value in needed.items() if value is None]
-    if missing:
-        raise InputError(f"the following arguments are required: {', '.join(missing)}; see seal-engine plan --help")
-
-
-def _read_config(model: str | None) -> ModelConfig:
-    """Of a checkpoint directory, a config.json or a GGUF file; None: of the published round's model."""
-    if model is None:
-        return ModelConfig.from_dict(MODEL)
-    path = Path(model)
-    if is_gguf(path):
-        return read_gguf_config(GGUFFile(path))
-    if path.suffix == ".json":
-        return ModelConfig.from_dict(read_json(path), str(path))
-    return ModelConfig.from_directory(path)
-
-
-def _plan_table(made: Plan, memory_bytes: int) -> str:
-    sizes = {
-        "base weights": made.weights_bytes,
-        "adapters": made.master_bytes,
-        "their gradients": made.gradient_bytes,
-        "their moments": made.moment_bytes,
-        "activations": made.activation_bytes,
-        "packed copies for sampling": made.packed_bytes,
-        "left for sampling": made.kv_bytes,
-    }
-    sizes["kept free"] = memory_bytes - sum(sizes.values())
-    times = {
-        "base products": made.matrix_seconds,
-        "base weights read (meanwhile)": made.weight_bytes_seconds,
-        "low-rank products": made.adapter_matrix_seconds,
-        "adapters and moments read and written (meanwhile)": made.adapter_bytes_seconds,
-        "whole step": made.step_seconds,
-    }
-    rows = [("Memory", "GiB"), *((name, f"{size / 2**30:.2f}") for name, size in sizes.items()), ("", "")]
-    rows += [("Time", "ms"), *((name, f"{1000 * seconds:.3f}") for name, seconds in times.items()), ("", "")]
-    rows += [
-        ("adapters resident", f"{made.adapters}"),
-        ("tokens a step", f"{made.tokens}"),
-        ("tokens a second", f"{made.tokens / made.step_seconds:,.0f}"),
-        ("recomputed in backward", made.recompute),
-        ("limited by", made.limit),
-    ]
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"{name:<{width}}{value:>12}".rstrip() for name, value in rows)
-
-
-def _forecast_table(made: Forecast) -> str:
-    lines = [f"{'Forecast':<46}{'s':>9}{'floor s':>9}{'share':>7}  limited by"]
-    whole = made.rows[-1].seconds
-    for row in made.rows:
-        name = f"  {row.what}" if row.what else row.part
-        share = f"{100 * row.seconds / whole:.1f}%"
-        lines.append(f"{name:<46}{row.seconds:>9.2f}{row.floor_seconds:>9.2f}{share:>7}  {row.limit}")
-    lines += [
-        "",
-        f"{made.training_passes} training passes, {made.sampling_steps} sampling steps; recomputed: {made.recompute}",
-        f"adapters in training at once: at most {made.adapters_resident}, room for {made.adapters_planned};"
-        f" moved to host memory: {made.adapters_offloaded}",
-        f"blocks of K/V that fit: {made.kv_blocks}",
-        "A run of ten passages on an H100 took longer than forecast: docs/benchmarks.md.",
-    ]
-    return "\n".join(lines)
-
-
-def memory(text: str) -> int:
-    """Bytes from "139GiB" (binary), "80GB" (decimal), "512M" (binary) or a plain number of bytes."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    units = {unit.lower(): size for unit, size in UNITS.items()}
-    if not match or match[2].lower() not in units:
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: a size such as 139GiB, 80GB or 1000000000")
-    return int(float(match[1]) * units[match[2].lower()])
+ADAPTER_CONFIG = "adapter_config.json"  # a directory with it is an adapter in PEFT's format
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,27 +102,38 @@ def train(options: argparse.Namespace) -> None:
     report, failed = {}, []
     for file, result in zip(files, engine.train(jobs, progress=not options.quiet), strict=True):
         error = None if result.error is None else rename_field(result.error, FLAGS)
+        place = None
         if result.adapter is not None:
             try:
                 result.adapter.save(out / file.stem)
+                place = out / file.stem
             except InputError as failure:  # such as a full disk: the others may still be written
                 error = str(failure)
         if error is not None:
             failed.append(f"{file}: {error}")
-        loss = result.losses[-1] if result.losses else None
+        first, last = (result.losses[0], result.losses[-1]) if result.losses else (None, None)
         report[str(file)] = {
+            "adapter": None if place is None else str(place),
             "steps": result.num_steps,
             "tokens": result.num_tokens,
-            "loss": loss,
+            "first_loss": first,
+            "loss": last,
             "error": error,
         }
         if not options.quiet:
-            shown = error or f"{result.num_steps} steps, {result.num_tokens} tokens, last loss {loss:.4f}"
-            print(f"{file}: {shown}")
+            work = f"{result.num_steps} steps, {result.num_tokens} tokens, loss {_losses(first, last)}"
+            print(f"{file}: {error or f'{work}; adapter in {place}'}")
+        if error is None and first is not None and last is not None and result.num_steps > 1 and not last < first:
+            print(f"seal-engine: warning: {file}: nothing was learned: loss {_losses(first, last)}", file=sys.stderr)
     if options.json:
         print(json.dumps({"out": str(out), "adapters": report}))
     if failed:
         raise InputError("; ".join(failed))
+
+
+def _losses(first: float | None, last: float | None) -> str:
+    """The first loss and the last one."""
+    return "none" if first is None or last is None else f"{first:.4f} to {last:.4f}"
 
 
 def read_sequences(file: Path) -> list[Any]:
@@ -321,7 +158,8 @@ def _json_line(line: str, place: str) -> Any:
     fields = {name: given[name] for name in LINE_FIELDS if given.get(name) is not None}
     valid = all(isinstance(field, LINE_FIELDS[name]) for name, field in fields.items())
     if not valid or set(fields) not in ({"text"}, {"messages"}, {"prompt", "completion"}):
-        raise InputError(f"{place}: found {value!r:.80}; accepted: {LINES}")
+        keys = f" with the keys {', '.join(map(repr, given))}" if given else ""
+        raise InputError(f"{place}: found {value!r:.80}{keys}; accepted: {LINES}")
     for name in ("tools", "chat_template_kwargs"):
         if given.get(name):  # other keys are columns of the data set; these change what is trained on
             raise InputError(f"{place}: {name}: found {given[name]!r:.80}; accepted: none")
@@ -362,6 +200,7 @@ def generate(options: argparse.Namespace) -> None:
     prompts = [*options.prompt, *(read_sequences(Path(options.prompts)) if options.prompts else [])]
     if not prompts:
         raise InputError("--prompt: found none; accepted: at least one --prompt TEXT, or --prompts FILE")
+    directories = [str(_adapter_directory(Path(name))) for name in options.adapter]
     engine = _engine(options)
     given = {name: value for name in SAMPLING_FLAGS if (value := getattr(options, name)) is not None}
     if options.sampling_defaults == "model":
@@ -374,8 +213,8 @@ def generate(options: argparse.Namespace) -> None:
     if options.chat:
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         prompts = [engine.tokenizer.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-    adapters = [engine.load_adapter(directory) for directory in options.adapter] or [None]
-    names = options.adapter or [None]
+    adapters = [engine.load_adapter(directory) for directory in directories] or [None]
+    names = directories or [None]
     asked = [(prompt, name, adapter) for name, adapter in zip(names, adapters, strict=True) for prompt in prompts]
     progress = not options.quiet
     outputs = engine.generate([p for p, _, _ in asked], params, [a for _, _, a in asked], progress=progress)
@@ -389,6 +228,17 @@ def generate(options: argparse.Namespace) -> None:
     errors = [output.error for output in outputs if output.error]
     if errors:
         raise InputError(f"{len(errors)} of {len(outputs)} prompts failed: {errors[0]}")
+
+
+def _adapter_directory(directory: Path) -> Path:
+    """The directory of an adapter: the one that is named, or the only one in it, as `train` writes them."""
+    if (directory / ADAPTER_CONFIG).exists():
+        return directory
+    inside = sorted(file.parent for file in directory.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inside) > 1:
+        names = ", ".join(map(str, inside))
+        raise InputError(f"--adapter: found {len(inside)} adapters in {directory}; accepted: one of {names}")
+    return inside[0] if inside else directory
 
 
 def _shown(output: RequestOutput, adapter: str | None) -> str:

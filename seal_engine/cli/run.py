@@ -12,6 +12,8 @@ from seal_engine.domains.knowledge.results import select as select_kept
 from seal_engine.domains.knowledge.seal_files import read_result, write_sft
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.settings import add_flags, read_toml
+from seal_engine.progress import write_line
+from seal_engine.report.compare import compare, comparison, comparison_table, write_comparison
 from seal_engine.report.page import write_report
 from seal_engine.tiny.continual_demo import POLICY_ROUNDS
 from seal_engine.tiny.pretrain import Recipe, train_tiny
@@ -26,7 +28,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _shown(options: argparse.Namespace) -> tuple[Callable[[str], None], bool]:
     """Where lines go, and whether there are bars."""
-    return (lambda _: None) if options.quiet else print, not options.quiet
+    return (lambda _: None) if options.quiet else write_line, not options.quiet
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,12 +81,14 @@ def run(options: argparse.Namespace) -> None:
 
 def resume_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="directory of a run that was interrupted", metavar="DIR")
+    more = "rounds of the whole run, at least as many as it began with: a finished run goes on with those it lacks"
+    parser.add_argument("--rounds", help=more, type=int, metavar="N")
     _run_arguments(parser)
 
 
 def resume(options: argparse.Namespace) -> None:
-    """Resume a run that was interrupted."""
-    _finish(runs.resume(options.directory, *_shown(options)), options)
+    """Resume a run that was interrupted, or add rounds to one that is finished."""
+    _finish(runs.resume(options.directory, *_shown(options), options.rounds), options)
 
 
 def _finish(directory: Path, options: argparse.Namespace) -> None:
@@ -100,13 +104,29 @@ def _finish(directory: Path, options: argparse.Namespace) -> None:
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", help="directory of a run, which may still be running", metavar="DIR")
+    text = "directory of a run, which may still be running; several are compared"
+    parser.add_argument("directories", help=text, metavar="DIR", nargs="+")
+    text = "page of a comparison (default: compare.html in the first directory)"
+    parser.add_argument("--out", help=text, metavar="FILE")
     _run_arguments(parser)
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write a run's page and pictures, and print its table."""
-    _finish(Path(options.directory), options)
+    """Write a run's page and pictures, and print its table; or compare runs."""
+    directories = list(map(Path, options.directories))
+    if len(directories) == 1:
+        require(options.out is None, "--out", options.out, "nothing with one run: its page is in its directory")
+        _finish(directories[0], options)
+        return
+    compared = compare(directories)
+    page = write_comparison(compared, Path(options.out or directories[0] / "compare.html"))
+    if not options.quiet:
+        print(comparison_table(compared))
+        print(f"More, with a picture and the settings that differ: {page}")
+    if options.json:
+        means = [(name, [None if row is None else row.mean for row in found]) for name, found in comparison(compared)]
+        lines = [{"method": name, "means": found} for name, found in means]
+        print(json.dumps({"runs": [str(run.directory) for run in compared], "report": str(page), "table": lines}))
 
 
 def select_arguments(parser: argparse.ArgumentParser) -> None:

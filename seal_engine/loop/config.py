@@ -35,7 +35,9 @@ class LoopConfig:
         KEEP,
     )
     keep_fraction: float = setting(0.2, "fraction of the valid self-edits to learn from, with keep = top")
-    keep_reward: float = setting(0.0, "least reward of a self-edit to learn from")
+    keep_reward: float = setting(
+        0.0, "least reward of a self-edit to learn from; above 0, a round whose rewards are all 0 changes no policy"
+    )
     shuffle_rewards: bool = setting(False, "control experiment: every self-edit gets the reward of another one")
     policy_rank: int = setting(64, "LoRA rank r of the policy update")
     policy_alpha: float = setting(128, "lora_alpha of the policy update")

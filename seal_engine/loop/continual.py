@@ -19,17 +19,19 @@ from time import perf_counter
 from typing import Any
 
 from seal_engine.engine import Engine
+from seal_engine.errors import RunError
 from seal_engine.loop.adapter_store import AdapterStore
 from seal_engine.loop.continual_config import ContinualConfig
 from seal_engine.loop.continual_data import SharedTexts
 from seal_engine.loop.continual_methods import Block, Lesson, Method, make_method
 from seal_engine.loop.continual_probes import UNTRAINED, probe_methods
-from seal_engine.loop.domain import PassageDomain, RunError, UngradedError
+from seal_engine.loop.domain import PassageDomain, UngradedError
 from seal_engine.loop.forgetting import Matrix, last_row
 from seal_engine.loop.inner import InnerLoop, derive_seed
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import SelfEdit, Trial
 from seal_engine.loop.steps import sample_self_edits
+from seal_engine.progress import write_line
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import TrainResult
 from seal_engine.types import require
@@ -86,7 +88,7 @@ class Continual:
         domain: PassageDomain,
         config: ContinualConfig,
         ledger: Ledger,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = write_line,
         progress: bool = True,
     ):
         """log: takes one line of text on what has been measured. progress: bars for what takes over a second."""
@@ -103,6 +105,10 @@ class Continual:
         for seed in self.config.seeds:
             if not self.ledger.finished(f"seed {seed}, probes"):
                 self._run_seed(seed)
+
+    def is_finished(self) -> bool:
+        """Whether all seeds are through all steps."""
+        return all(self.ledger.finished(f"seed {seed}, probes") for seed in self.config.seeds)
 
     def _run_seed(self, seed: int) -> None:
         config = self.config

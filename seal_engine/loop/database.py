@@ -7,7 +7,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,23 @@ def create(connection: sqlite3.Connection, config: dict[str, Any]) -> None:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         row = SCHEMA_VERSION, now(), json.dumps(config)
         connection.execute("INSERT INTO run VALUES (?, ?, ?)", row)
+
+
+def hold_side_files(connection: sqlite3.Connection, stack: ExitStack) -> None:
+    """Write ahead in files beside the database (-wal, -shm) until the stack is closed; then it is one file again.
+
+    A file in WAL mode would get both back from whoever reads it next.
+    """
+    connection.execute("PRAGMA journal_mode = WAL")
+    stack.callback(_drop_side_files, connection)
+
+
+def _drop_side_files(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA busy_timeout = 0")
+    # Somebody reads, or the disk is full: what was finished is safe in the side files, and the next one to open the run
+    # tries again.
+    with suppress(sqlite3.OperationalError):
+        connection.execute("PRAGMA journal_mode = DELETE")
 
 
 def migrate(connection: sqlite3.Connection) -> None:

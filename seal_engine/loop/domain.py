@@ -1,9 +1,10 @@
-"""What the loop asks of a task (Domain), and the errors of the loop."""
+"""What the loop asks of a task (Domain), and the errors of self-edits and grades."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from seal_engine.errors import RunError
 from seal_engine.sampling.requests import LogitsHook, SamplingParams
 from seal_engine.training.jobs import TrainJob
 
@@ -20,10 +21,6 @@ class InvalidSelfEditError(Exception):
     def __init__(self, reason: str, retryable: bool = True):
         super().__init__(reason)
         self.retryable = retryable
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; the steps that were finished before are recorded."""
 
 
 class UngradedError(RunError):

@@ -1,6 +1,6 @@
 """What a run has done so far, in one directory that survives `kill -9` and power loss.
 
-ledger.sqlite   what counts: one transaction for each finished step
+ledger.sqlite   what counts: one transaction for each finished step; -wal and -shm beside it while the run goes on
 metrics.jsonl   the steps' metrics once more, a line each, for other tools; follows the database
 ledger.lock     names the process that holds the run; the kernel releases it when that process dies
 policies/       adapters of policies, each complete or not there
@@ -57,13 +57,15 @@ class Ledger:
         config: Mapping[str, Any],
         mutable: Sequence[str] = (),
         defaults: Mapping[str, Any] | None = None,
+        growing: Sequence[str] = (),
     ) -> Self:
         """Begin a run, or go on with it: what a crash left half-done is removed.
 
         InputError if the directory holds something else, cannot be written, is held by another process, is damaged,
-        is of a newer version, or began with another config (compared as JSON, but for the keys in `mutable`); it is
-        then left as it was. A run of an earlier version is brought up to date: a key that it lacks has the value in
-        `defaults`, also within an object. The config is recorded as it is now.
+        is of a newer version, or began with another config (compared as JSON, but for the keys in `mutable`, and for
+        numbers under the keys in `growing` that are larger now); it is then left as it was. A run of an earlier version
+        is brought up to date: a key that it lacks has the value in `defaults`, also within an object. The config is
+        recorded as it is now.
         """
         path = Path(os.path.realpath(directory))
         wanted = _as_json(config)
@@ -79,10 +81,11 @@ class Ledger:
             db.validate_database(connection, path / DATABASE)
             db.migrate(connection)
             ledger = cls(path, connection, writable=True)
-            _validate_config(ledger, wanted, mutable, _as_json(defaults or {}))
+            _validate_config(ledger, wanted, mutable, _as_json(defaults or {}), growing)
             connection.execute(
                 "UPDATE run SET config = ?", [json.dumps(wanted)]
             )  # which also shows that it is writable
+            db.hold_side_files(connection, stack)
             ledger.config = wanted
             for leftover in list(path.rglob(f"{PARTIAL}*")):
                 if leftover.is_dir() and not leftover.is_symlink():
@@ -307,20 +310,25 @@ class Ledger:
 def _copy(file: Path, stack: ExitStack) -> Path:
     """A copy of the database, for as long as the stack is open."""
     copies = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    for copied in (file, file.with_name(f"{DATABASE}-wal")):
+    for copied in (file, file.with_name(f"{DATABASE}-wal"), file.with_name(f"{DATABASE}-journal")):
         if copied.exists():
             shutil.copyfile(copied, copies / copied.name)
     return copies / DATABASE
 
 
 def _validate_config(
-    ledger: Ledger, wanted: dict[str, Any], mutable: Sequence[str], defaults: Mapping[str, Any]
+    ledger: Ledger, wanted: dict[str, Any], mutable: Sequence[str], defaults: Mapping[str, Any], growing: Sequence[str]
 ) -> None:
     """InputError naming the first field that differs."""
     recorded = {**defaults, **ledger.config}
     for name, value in defaults.items():
         if isinstance(value, dict) and isinstance(recorded[name], dict):
             recorded[name] = value | recorded[name]
+    for name in growing:
+        if name in recorded and name in wanted and wanted[name] < recorded[name]:
+            accepted = f"{recorded[name]}, with which the run began, or more"
+            raise InputError(f"{ledger.directory}: config.{name}: found {wanted[name]}; accepted: {accepted}")
+    mutable = (*mutable, *growing)
     kept = [{k: v for k, v in config.items() if k not in mutable} for config in (recorded, wanted)]
     began, current = [_flatten(config, "config") for config in kept]
     for name in current | began:

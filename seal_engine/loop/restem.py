@@ -24,14 +24,16 @@ from time import perf_counter
 from typing import Any
 
 from seal_engine.engine import Engine
+from seal_engine.errors import RunError
 from seal_engine.loop.config import LoopConfig
-from seal_engine.loop.domain import Candidate, Domain, RunError
+from seal_engine.loop.domain import Candidate, Domain
 from seal_engine.loop.inner import InnerLoop, derive_seed
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, PolicyUpdate, SelfEdit
 from seal_engine.loop.selection import Key, rewards_of, select
 from seal_engine.loop.steps import CheckpointedSteps
 from seal_engine.model.adapters import Adapter
+from seal_engine.progress import reporting, write_line
 from seal_engine.training.jobs import TrainSequence
 from seal_engine.types import require
 
@@ -62,7 +64,7 @@ class ReSTEM:
         domain: Domain,
         config: LoopConfig,
         ledger: Ledger,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = write_line,
         progress: bool = True,
     ):
         """log: takes one line of text on what has been measured. progress: bars for what takes over a second."""
@@ -88,20 +90,40 @@ class ReSTEM:
     def run(self) -> None:
         """All seeds: evaluate, then in each round improve the policy and evaluate again."""
         validate_run(self.domain, self.config)
+        count = len(self.config.seeds) * len(self._phases())
+        with reporting(count, "unit", "Run", self.progress, initial=self._num_finished()) as report:
+            self._run_seeds(lambda: report(self._num_finished()))
+
+    def is_finished(self) -> bool:
+        """Whether all seeds are through all rounds."""
+        return self._num_finished() == len(self.config.seeds) * len(self._phases())
+
+    def _phases(self) -> list[Phase]:
+        """What ends in a step of its own, of each seed."""
         rounds = range(1, self.config.rounds + 1)
-        phases = [Phase(ROUND, r) for r in rounds] + [Phase(EVALUATION, r) for r in (0, *rounds)]
+        return [Phase(ROUND, r) for r in rounds] + [Phase(EVALUATION, r) for r in (0, *rounds)]
+
+    def _num_finished(self) -> int:
+        """How many of the phases are recorded, of all seeds together."""
+        return sum(self._steps_of(seed).finished(phase) for seed in self.config.seeds for phase in self._phases())
+
+    def _run_seeds(self, report: Callable[[], None]) -> None:
+        """report: called when a phase is finished."""
         for i, seed in enumerate(self.config.seeds):
             self.steps = self._steps_of(seed)
-            if all(map(self.steps.finished, phases)):
+            if all(map(self.steps.finished, self._phases())):
                 continue
             if i:
                 self.engine.reload()
             self.policy = None
             self.evaluate_policy(0)
-            for round_number in rounds:
+            report()
+            for round_number in range(1, self.config.rounds + 1):
                 rewards = self.e_step(round_number)
                 self.m_step(round_number, rewards)
+                report()
                 self.evaluate_policy(round_number)
+                report()
 
     def e_step(self, round_number: int) -> dict[Key, float | None]:
         """Sample self-edits for the round's contexts, train an adapter on each, question it: rewards by self-edit."""
@@ -167,6 +189,8 @@ class ReSTEM:
         seconds, final_loss = perf_counter() - start, losses[-1] if losses else None
         policy = PolicyUpdate(self.seed, round_number, path, names, len(losses), final_loss, seconds)
         given = [reward for reward in rewards.values() if reward is not None]
+        if given and not any(given):
+            self.log(_nothing_rewarded(f"seed {self.seed}, {phase}", len(given), len(kept)))
         mean = f"mean reward {fmean(given):.3f}" if given else "no reward"
         self.log(f"seed {self.seed}, {phase}: {mean}, kept {len(kept)} self-edits")
         metrics = {"seed": self.seed, "phase": str(phase), "reward": fmean(given) if given else None, "kept": len(kept)}
@@ -209,6 +233,17 @@ class ReSTEM:
 
     def _checkpoint(self, round_number: int) -> Path:
         return self.ledger.directory / f"checkpoint of seed {self.seed}, round {round_number}"
+
+
+def _nothing_rewarded(where: str, num_rewards: int, num_kept: int) -> str:
+    """A warning for a round whose rewards are all 0."""
+    warning = f"{where}: warning: all {num_rewards} rewards are 0"
+    if not num_kept:
+        return f"{warning}: no self-edit is kept, and the policy stays as it is"
+    return (
+        f"{warning}: which self-edits are kept is no matter of reward, so the policy learns from noise. With "
+        "--keep-reward X only rewards of at least X are kept: above 0, such a round leaves the policy as it is"
+    )
 
 
 def _joint(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from seal_engine.errors import did_you_mean
 from seal_engine.files import read_text, show
 from seal_engine.types import InputError
 
@@ -76,19 +77,19 @@ def read_toml(path: str | Path, kinds: Sequence[type]) -> dict[str, Any]:
         raise InputError(f"{path}: not TOML: {error}") from None
     hints = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in _settings(kind)}
     named = rename_old({key.replace("-", "_"): value for key, value in values.items()})
-    return {key: _typed(value, hints.get(key), f"{path}: {key}", list(hints)) for key, value in named.items()}
+    return {key: _typed(value, hints.get(key), f"{path}: {key}", key, list(hints)) for key, value in named.items()}
 
 
-def _typed(value: Any, hint: Any, place: str, known: Sequence[str]) -> Any:
+def _typed(value: Any, hint: Any, place: str, name: str, known: Sequence[str]) -> Any:
     if hint is None:
-        raise InputError(f"{place}: not a setting; accepted: {', '.join(known)}")
+        raise InputError(f"{place}: not a setting{did_you_mean(name, known)}; accepted: {', '.join(known)}")
     item = get_args(hint)[0] if get_origin(hint) is tuple else hint
     kinds = (int, float) if item is float else (item,)
     many = value if get_origin(hint) is tuple and isinstance(value, list) else [value]
     right = all(isinstance(one, kinds) and (item is bool or not isinstance(one, bool)) for one in many)
     if not right or (item is hint and isinstance(value, list)):
-        name = f"a list of {item.__name__}" if item is not hint else item.__name__
-        raise InputError(f"{place}: found {show(value)}; accepted: {name}")
+        accepted = f"a list of {item.__name__}" if item is not hint else item.__name__
+        raise InputError(f"{place}: found {show(value)}; accepted: {accepted}")
     return tuple(many) if item is not hint else value
 
 

@@ -9,12 +9,12 @@ from functools import cache, partial
 from typing import Any
 
 from seal_engine.engine import Engine
+from seal_engine.errors import RunError
 from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.domain import (
     Candidate,
     Domain,
     InvalidSelfEditError,
-    RunError,
     SelfEditSource,
     UngradedError,
 )

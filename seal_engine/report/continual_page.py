@@ -4,36 +4,19 @@ from collections.abc import Mapping
 
 from seal_engine.loop.continual_results import PROBES, ContinualResult, interval
 from seal_engine.loop.ledger import Ledger
-from seal_engine.report.html import NONE, date, document, duration, figure, number, percent, table, text
+from seal_engine.report.html import NONE, date, document, duration, figure, number, percent, table
+from seal_engine.svg import clean
 
-NO_PICTURES = "There are no pictures, as matplotlib is not installed: <code>pip install 'seal-engine[plot]'</code>"
-ABOUT = {
-    "forgetting": (
-        "Heat maps of accuracy by edits so far and passage, one per method.",
-        "Row 0 is the untrained model. A column is a passage, learned in the row of its number.",
-    ),
-    "age": ("Gain over the untrained model by how many edits came after.", ""),
-    "cost": (
-        "Tokens trained and bytes kept, by method.",
-        "What is merged or trained in place takes no room of its own.",
-    ),
+CAPTIONS = {
+    "forgetting": "Row 0 is the untrained model. A column is a passage, learned in the row of its number.",
+    "age": "",
+    "cost": "What is merged or trained in place takes no room of its own.",
 }
 
 
-def continual_pictures(result: ContinualResult) -> dict[str, bytes] | None:
-    """The pictures; None without matplotlib."""
-    try:
-        from seal_engine.report.continual_plots import draw_continual
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "matplotlib":
-            raise
-        return None
-    return draw_continual(result.methods)
-
-
-def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[str, bytes] | None, settings: str) -> str:
+def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[str, str], settings: str) -> str:
     """The page as HTML. settings: its last section."""
-    shown = [figure(pictures[name], *ABOUT[name]) for name in ABOUT if pictures and name in pictures]
+    shown = [figure(pictures[name], caption) for name, caption in CAPTIONS.items() if name in pictures]
     facts = [
         ("began", date(ledger.started)),
         ("sequences and passages", f"{result.sequences} x {result.passages}, {len(ledger.config['seeds'])} seeds"),
@@ -41,15 +24,25 @@ def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[st
         *((f"time: {name}", duration(seconds)) for name, seconds in result.seconds.items()),
     ]
     return document(
-        "One edit after another",
+        continual_claim(result),
         [
             "<h2>Run</h2>\n" + table(("", ""), facts),
             "<h2>What is learned and what is kept</h2>\n" + _measures(result),
-            "<h2>Pictures</h2>\n" + ("".join(shown) if pictures is not None else f"<p>{NO_PICTURES}</p>"),
+            "<h2>Pictures</h2>\n" + "".join(shown),
             "<h2>What else has changed</h2>\n" + _probes(result),
             "<h2>Settings</h2>\n" + settings,
         ],
     )
+
+
+def continual_claim(result: ContinualResult) -> str:
+    """The finding: the method that keeps most, beside merging each edit into the model."""
+    kept = {method.name: method.kept for method in result.methods if method.kept is not None}
+    if not kept:
+        return "One edit after another: nothing has been measured yet"
+    best = max(kept, key=lambda name: kept[name])
+    merge = f", merge {kept['merge']:.0%}" if best != "merge" and "merge" in kept else ""
+    return f"After {result.passages} edits {best} keeps {kept[best]:.0%}{merge}"
 
 
 def _measures(result: ContinualResult) -> str:
@@ -70,7 +63,7 @@ def _measures(result: ContinualResult) -> str:
         "points, with the 95% interval of a bootstrap over pairs of sequences."
     )
     heads = ("method", "learned", "kept", "transfer", "over merge", "over joint", "tokens trained")
-    return table(heads, lines, range(1, 7)) + f'<p class="note">{text(note)}</p>\n'
+    return table(heads, lines, range(1, 7)) + f'<p class="note">{clean(note)}</p>\n'
 
 
 def _probes(result: ContinualResult) -> str:
@@ -84,4 +77,4 @@ def _probes(result: ContinualResult) -> str:
         "token, on its own texts."
     )
     heads = ("method", "reading", "knew", "writing", "KL", "routing")
-    return table(heads, lines, (1, 2, 3, 4)) + f'<p class="note">{text(note)}</p>\n'
+    return table(heads, lines, (1, 2, 3, 4)) + f'<p class="note">{clean(note)}</p>\n'

@@ -3,14 +3,16 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
+from seal_engine.domains.knowledge.context_texts import read_contexts
+from seal_engine.environment import read_environments
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, SelfEdit, Step, Trial
-from seal_engine.loop.restem import CONTINUED_PRETRAINING, NO_ADAPTER, SELF_EDITS
+from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS
 
 PARTS = ("writing", "training and asking", "policy update", "the rest")
 
@@ -50,20 +52,6 @@ class Pairs:
         return dict(sorted(changes.items(), key=lambda item: (-item[1], item[0])))
 
 
-@dataclass
-class Round:
-    """The self-edits of a round, all seeds together, that could be trained on."""
-
-    number: int
-    seeds: list[int] = field(default_factory=list)
-    rejected: int = 0
-    base: list[float] = field(default_factory=list)  # the base's accuracy on each context, without an adapter
-    kept_rewards: list[float] = field(default_factory=list)
-    other_rewards: list[float] = field(default_factory=list)
-    kept_tokens: list[int] = field(default_factory=list)
-    other_tokens: list[int] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class FinishedStep:
     """A checkpointed step that is recorded."""
@@ -76,9 +64,11 @@ class FinishedStep:
 
 
 class RunData:
-    """All that the ledger holds, read once, so that the report is of one moment."""
+    """All that a run's directory holds, read once, so that the report is of one moment."""
 
     def __init__(self, ledger: Ledger):
+        self.contexts = read_contexts(ledger.directory)
+        self.environments = read_environments(ledger.directory)
         self.config = ledger.config
         self.metrics = ledger.metrics()
         self.policies = ledger.policies()
@@ -113,13 +103,11 @@ class RunData:
         return dict(sorted(found.items()))
 
     @property
-    def baselines(self) -> dict[str, list[float]]:
-        """All else that was measured -> accuracies over seeds."""
+    def baselines(self) -> dict[str, dict[int, float]]:
+        """All else that was measured -> seed -> accuracy."""
         by_the_policy = (SELF_EDITS, CONTINUED_PRETRAINING)
         return {
-            phase: list(found.values())
-            for phase, found in self.accuracies.items()
-            if Phase.parse(phase).method not in by_the_policy
+            phase: found for phase, found in self.accuracies.items() if Phase.parse(phase).method not in by_the_policy
         }
 
     @cached_property
@@ -148,29 +136,6 @@ class RunData:
                 for accuracy in finite([trial.accuracy]):
                     found[seed, trial.context].append(accuracy)
         return {key: fmean(own) for key, own in found.items()}
-
-    @cached_property
-    def rounds(self) -> list[Round]:
-        """Rounds that have an updated policy: what it was made of, and what was left out."""
-        rounds: dict[int, Round] = {}
-        for policy in self.policies:
-            one = rounds.setdefault(policy.round, Round(policy.round))
-            one.seeds.append(policy.seed)
-            phase, kept = Phase(ROUND, policy.round), set(policy.kept)
-            rewards: dict[tuple[str, int], list[float | None]] = defaultdict(list)
-            for trial in self.trials.get((policy.seed, str(phase)), []):
-                rewards[trial.context, trial.index].append(trial.accuracy)
-            base = self.trials.get((policy.seed, str(replace(phase, method=NO_ADAPTER))), [])
-            one.base += finite(trial.accuracy for trial in base)
-            for edit in self.edits.get((policy.seed, str(phase)), []):
-                key = edit.context, edit.index
-                if edit.rejected is not None:
-                    one.rejected += 1
-                    continue
-                reward = finite([mean(rewards[key])])
-                (one.kept_rewards if key in kept else one.other_rewards).extend(reward)
-                (one.kept_tokens if key in kept else one.other_tokens).append(len(edit.token_ids))
-        return [rounds[number] for number in sorted(rounds)]
 
     @property
     def rejections(self) -> dict[str, Counter[str]]:
@@ -220,6 +185,16 @@ class RunData:
             parts = found.setdefault(step.stage, dict.fromkeys(PARTS, 0.0))
             parts[step.part] += step.seconds
         return dict(sorted(found.items(), key=lambda item: _stage_order(item[0])))
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds that the run is to have; those that it has where the configuration does not say."""
+        seeds = self.config.get("seeds")
+        return (
+            len(seeds)
+            if isinstance(seeds, list)
+            else len({trial.seed for own in self.trials.values() for trial in own})
+        )
 
     @property
     def done(self) -> tuple[int, int] | None:

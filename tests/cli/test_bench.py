@@ -246,7 +246,7 @@ MISTAKES = {
     "no tests": (["untested"], "bench untested: found 'no tests'; accepted: test_untested.py in tests"),
     "passages": (["toy", "--passages", "0"], "--passages: found 0; accepted: an integer >= 1"),
     "record": (["toy", "--record", __file__], f"--record: found {__file__!r}; accepted: a directory"),
-    "revision": (["toy", "--compare", "--all"], "argument --compare: expected one argument"),
+    "revision": (["toy", "--compare", "--all"], "--all: unknown flag"),
     "no revision": (["toy", "--compare", "v9"], "--compare: found 'v9'; accepted: a git revision of"),
     "shape": (["toy", "--shape", "huge"], "bench toy: --shape: found 'huge'; accepted: one of ['large', 'small']"),
     "no case": (["toy", "--shape", "large"], "bench toy: found no case with --shape=large"),

@@ -12,8 +12,8 @@ import torch
 
 import oracle
 from seal_engine import LoraConfig
-from seal_engine.cli.engine import memory
 from seal_engine.cli.main import main
+from seal_engine.cli.plan import memory
 from seal_engine.model.config import ModelConfig
 from seal_engine.plan import make_plan
 
@@ -82,7 +82,8 @@ def test_a_config_alone_and_the_table(model, tmp_path, capsys):
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     assert main(plan(tmp_path / "config.json")) == 0
     lines = capsys.readouterr().out.splitlines()
-    memory_rows = lines[1 : lines.index("")]
+    table = lines[lines.index("") + 1 :]
+    memory_rows = table[1 : table.index("")]
     assert len(memory_rows) == 8
     assert sum(float(row.split()[-1]) for row in memory_rows) == pytest.approx(2, abs=0.04)
     rows = {line[:50].strip(): line.split()[-1] for line in lines if line}
@@ -107,7 +108,7 @@ MISTAKES = {
     "no verb": ([], "required: VERB"),
     "unknown verb": (["fly"], "invalid choice: 'fly'"),
     "nothing else": (["plan"], "required: --model, --memory, --sequence-tokens"),
-    "unknown option": (["--speed", "1"], "unrecognized arguments: --speed 1"),
+    "unknown option": (["--speed", "1"], "--speed: unknown flag; see seal-engine plan --help"),
     "memory": (["--memory", "2QiB"], "argument --memory: found '2QiB'; accepted: a size such as 139GiB"),
     "negative memory": (["--memory=-1"], "argument --memory: found '-1'"),
     "too little memory": (["--memory", "1MiB"], "memory_bytes: found 1048576; accepted: at least"),

@@ -14,8 +14,9 @@ from statistics import fmean
 
 import pytest
 
+from seal_engine.errors import RunError
 from seal_engine.loop.config import LoopConfig
-from seal_engine.loop.domain import InvalidSelfEditError, RunError, SelfEditSource, UngradedError
+from seal_engine.loop.domain import InvalidSelfEditError, SelfEditSource, UngradedError
 from seal_engine.loop.inner import mean_accuracy
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import Trial
@@ -377,3 +378,32 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path):
 def test_settings_out_of_range(field, value):
     with pytest.raises(InputError, match=field.removesuffix("ank")):
         LoopConfig(**{field: value})
+
+
+def test_a_finished_run_goes_on_with_more_rounds(tmp_path):
+    """A round depends on those before it alone, so two and then one more are three."""
+    two = run(tmp_path / "run", replace(CONFIG, seeds=(0, 1)))[0]
+    more = run(tmp_path / "run", replace(CONFIG, seeds=(0, 1), rounds=3))[0]
+    assert len(two["policies"]) == 4
+    assert more == run(tmp_path / "at once", replace(CONFIG, seeds=(0, 1), rounds=3))[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "end"),
+    [
+        ({}, "so the policy learns from noise. With --keep-reward X only"),
+        ({"keep_reward": 0.01}, "no self-edit is kept, and the policy stays as it is"),
+    ],
+    ids=["noise", "a least reward"],
+)
+def test_rewards_that_are_all_zero_are_warned_of(settings, end, tmp_path):
+    """A grader that finds every answer wrong tells no self-edit from another: six contexts of three self-edits each."""
+    config = replace(CONFIG, rounds=1, **settings)
+    contents, said, _ = run(tmp_path / "run", config, ToyDomain(grade=lambda answer: 0.0))
+    (line,) = [line for line in said if "warning" in line]
+    assert line.startswith("seed 0, round 1: warning: all 18 rewards are 0: ")
+    assert end in line
+    assert bool(contents["policies"][0]["kept"]) == (not settings)
+    rewarded = run(tmp_path / "rewarded", config)[1]
+    assert not any("warning" in line for line in rewarded)
+    assert not any("warning" in line for line in run(tmp_path / "run", config, ToyDomain(grade=lambda _: 0.0))[1])

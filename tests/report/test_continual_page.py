@@ -2,10 +2,9 @@
 
 from types import SimpleNamespace
 
-import pytest
-
 from seal_engine.loop.continual_results import ContinualResult, MethodResult, interval, table
-from seal_engine.report.continual_page import continual_page, continual_pictures
+from seal_engine.report.continual_page import continual_page
+from seal_engine.report.continual_plots import draw_continual
 
 MATRIX = [[0.0, 0.2], [0.8, None], [0.4, 0.6]]
 
@@ -40,27 +39,32 @@ def test_the_table_has_percent_and_multiples_of_merge():
 
 
 def test_the_page_shows_measures_and_probes():
-    page = continual_page(LEDGER, RESULT, None, "<p>settings</p>")
-    for shown in ("+25.0 (+10.0 to +40.0)", "routed 75.0", "0.125", "<p>settings</p>", "matplotlib is not installed"):
+    page = continual_page(LEDGER, RESULT, {}, "<p>settings</p>")
+    for shown in ("+25.0 (+10.0 to +40.0)", "routed 75.0", "0.125", "<p>settings</p>"):
         assert shown in page
     assert "the untrained model has 10.0" in page
+    assert "<h1>After 2 edits merge keeps 50%</h1>" in page
 
 
-def test_pictures_are_the_same_bytes_each_time_and_change_with_what_they_show():
+def test_pictures_have_their_values_on_hover_and_change_with_what_they_show():
     """A single scale of colour: a matrix twice as high has another picture."""
-    pytest.importorskip("matplotlib")
-    first, again = continual_pictures(RESULT), continual_pictures(RESULT)
+    first, again = draw_continual(RESULT.methods), draw_continual(RESULT.methods)
     assert first == again
     assert set(first) == {"forgetting", "age", "cost"}
-    assert all(picture.startswith(b"\x89PNG") for picture in first.values())
+    for name, hover in (
+        ("forgetting", "merge, passage 1, after 1 edits: 80%"),
+        ("forgetting", "bank, passage 2, untrained: 20%"),
+        ("age", "merge, 1 edits since: +40.0 points"),
+    ):
+        assert f"<title>{hover}</title>" in first[name]
+    assert ">0.2</text>" in first["cost"]
+    assert ">0.3</text>" in first["cost"]
     half = [[None if cell is None else cell / 2 for cell in row] for row in MATRIX]
-    other = ContinualResult([method("merge", matrices=[half])], UNTRAINED, 1, 2, 4)
-    assert continual_pictures(other)["forgetting"] != first["forgetting"]
+    other = draw_continual([method("merge", matrices=[half])])
+    assert other["forgetting"] != first["forgetting"]
     page = continual_page(LEDGER, RESULT, first, "")
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<svg") == 3
 
 
 def test_a_run_without_a_measured_step_has_no_pictures():
-    empty = ContinualResult([method("merge", kept=None)], UNTRAINED, 1, 2, 0)
-    pytest.importorskip("matplotlib")
-    assert continual_pictures(empty) == {}
+    assert draw_continual([method("merge", kept=None)]) == {}

@@ -1,23 +1,23 @@
 """Held-out puzzles as a picture: what is shown, what is asked, and what was answered before training and after."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from seal_engine.domains.few_shot.arc import COLOURS, Grid, Task
+from seal_engine.domains.few_shot.arc import Grid, Task
 from seal_engine.domains.few_shot.task import FewShot
 from seal_engine.files import replace_file
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import Trial
+from seal_engine.svg import WIDTH, element, embedded, picture, standalone, words
 
-PICTURE = "puzzles.png"
+PICTURE = "puzzles.svg"
 # ARC's own colours, by number.
 PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")
 DEMONSTRATIONS = 3  # of a puzzle that are shown
 OF_EACH = 2  # puzzles that were gained, that were solved before, that are not solved, that were lost
-RIGHT, WRONG = "#2E7D32", "#C62828"
+COLUMNS, SIDE, ROW = 5, 54, 80  # of a row: grids that have room at least; of a grid: its longer side, room down
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,10 @@ class Answered:
 
 
 def write_puzzles(domain: FewShot, ledger: Ledger) -> None:
-    """Draw puzzles of the first seed into the run's directory; nothing without matplotlib, or without an evaluation."""
+    """Draw puzzles of the first seed into the run's directory; nothing without an evaluation."""
     chosen = choose(domain, ledger)
-    if not chosen:
-        return
-    try:
-        picture = draw(chosen)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "matplotlib":
-            raise
-        return
-    replace_file(ledger.directory / PICTURE, picture)
+    if chosen:
+        replace_file(ledger.directory / PICTURE, standalone(draw(chosen)))
 
 
 def choose(domain: FewShot, ledger: Ledger) -> list[Answered]:
@@ -70,58 +63,60 @@ def _first_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
     return {trial.context: trial for trial in reversed(trials)}
 
 
-def draw(puzzles: Sequence[Answered]) -> bytes:
-    """The picture as a PNG, a row for each puzzle. Needs matplotlib."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    shown = max(min(DEMONSTRATIONS, len(one.task.train)) for one in puzzles)
-    heads = ["shown" if i == 0 else "" for i in range(2 * shown)] + ["asked", "wanted", *puzzles[0].elected]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 8, "text.parse_math": False})
-        figure = Figure(figsize=(len(heads), 1.15 * len(puzzles) + 0.3), layout="constrained")
-        axes = figure.subplots(len(puzzles), len(heads), squeeze=False)
-        for row, (one, own) in enumerate(zip(puzzles, axes, strict=True)):
-            test, cells = one.task.tests[0], list[tuple[Grid | None, str]]()
-            for example in one.task.train[:shown]:
-                cells += [(example.input, "black"), (example.output, "black")]
-            cells += [(None, "")] * (2 * shown - len(cells))
-            cells += [(test.input, "black"), (test.output, "black")]
-            cells += [(grid, RIGHT if grid == test.output else WRONG) for grid in one.elected.values()]
-            for i, (axis, (grid, colour)) in enumerate(zip(own, cells, strict=True)):
-                _draw_grid(axis, grid, colour, marked=i >= 2 * shown + 2)
-                if row == 0:
-                    axis.set_title(heads[i], fontsize=8)
-            own[0].set_ylabel(one.task.name.partition(" ")[2] or one.task.name, fontsize=7)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
-    return stream.getvalue()
+def draw(puzzles: Sequence[Answered]) -> str:
+    """The picture as SVG. Of each puzzle what is shown in one row, and below it what is asked, wanted and answered."""
+    parts, upper = [], 0.0
+    for one in puzzles:
+        parts.append(words(0, upper + 14, one.task.name.partition(" ")[2] or one.task.name, "bold"))
+        shown = one.task.train[:DEMONSTRATIONS]
+        pairs = [(example.input, example.output) for example in shown]
+        parts += _row(upper + 20, [part for pair in pairs for part in ((pair[0], "shown", ""), (pair[1], "", ""))])
+        test = one.task.tests[0]
+        cells = [(test.input, "asked", ""), (test.output, "wanted", "")]
+        for title, grid in one.elected.items():
+            right = grid == test.output
+            cells.append(
+                (grid, f"{title.removesuffix(' any round')} {'✓' if right else '✗'}", "blue" if right else "orange")
+            )
+        parts += _row(upper + 20 + ROW, cells)
+        upper += 20 + 2 * ROW + 10
+    return picture(upper, "Held-out puzzles with the answers before and after", parts)
 
 
-def _draw_grid(axis: Any, grid: Grid | None, colour: str, marked: bool) -> None:
-    """A grid in a frame; marked: an answer, with a sign whether it is right."""
-    from matplotlib.colors import ListedColormap
+def _row(upper: float, cells: Sequence[tuple[Grid | None, str, str]]) -> list[str]:
+    """Grids side by side, each with its words above and a frame in its colour; an arrow from what is given."""
+    parts = []
+    for i, (grid, title, colour) in enumerate(cells):
+        left = i * WIDTH / max(COLUMNS, len(cells))
+        look = f"small t-{colour}" if colour else "small muted"
+        parts.append(words(left, upper + 12, title, look))
+        parts += _draw_grid(left, upper + 18, grid, colour)
+        if title in ("shown", "asked"):
+            parts.append(words(left + SIDE + 3, upper + 18 + SIDE / 2, "→", "muted"))
+    return parts
 
-    axis.set(xticks=[], yticks=[])
-    if not colour:
-        axis.set_axis_off()
-        return
+
+def _draw_grid(left: float, upper: float, grid: Grid | None, colour: str) -> list[str]:
+    """A grid in a frame: for each colour of it one path of all its runs."""
+    frame = f"line s-{colour}" if colour else "line thin s-edge"
     if grid is None:
-        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        axis.text(0.5, 0.5, "no grid", ha="center", va="center", color=colour)
-    else:
-        axis.imshow(grid, cmap=ListedColormap(PALETTE), vmin=0, vmax=COLOURS - 1)
-        axis.set_xticks([x - 0.5 for x in range(1, len(grid[0]))], minor=True)
-        axis.set_yticks([y - 0.5 for y in range(1, len(grid))], minor=True)
-        axis.grid(which="minor", color="white", linewidth=0.6)
-        axis.tick_params(which="minor", length=0)
-    axis.spines[:].set(color=colour, linewidth=2.5 if marked else 0.8)
-    if marked:
-        axis.set_xlabel("✓" if colour == RIGHT else "✗", color=colour, fontsize=9, labelpad=1)
+        empty = element("rect", frame, x=left, y=upper, width=SIDE, height=SIDE, fill="none")
+        return [empty, words(left + SIDE / 2, upper + SIDE / 2 + 4, "no grid", "mid small muted")]
+    size = SIDE / max(len(grid), len(grid[0]))
+    runs: dict[int, list[str]] = {}
+    for r, row in enumerate(grid):
+        start = 0
+        for value, cells in groupby(row):
+            length = len(list(cells))
+            x, y, width = (f"{n:.2f}" for n in (left + start * size, upper + r * size, length * size))
+            runs.setdefault(value, []).append(f"M{x} {y}h{width}v{size:.2f}h-{width}z")
+            start += length
+    parts = [element("path", fill=PALETTE[value], d="".join(own)) for value, own in sorted(runs.items())]
+    width, height = size * len(grid[0]), size * len(grid)
+    return [*parts, element("rect", frame, x=left, y=upper, width=width, height=height, fill="none")]
 
 
-def saved(directory: Path) -> bytes | None:
-    """The picture of a run, if it has one."""
+def saved(directory: Path) -> str | None:
+    """The picture of a run, if it has one, as part of a page."""
     file = directory / PICTURE
-    return file.read_bytes() if file.exists() else None
+    return embedded(file.read_bytes()) if file.exists() else None

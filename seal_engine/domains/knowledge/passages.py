@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from seal_engine.errors import did_you_mean
 from seal_engine.files import read_text, show, strict_json
 from seal_engine.types import InputError
 
@@ -66,22 +67,31 @@ class Record:
         """The field's place."""
         return f"{self.place}.{name}"
 
+    def refuse(self, name: str, accepted: str) -> NoReturn:
+        """Raise InputError for the field; where it is missing, with the keys that are there: one may be its typo."""
+        if name not in self:
+            keys = ", ".join(map(repr, self.value)) or "none"
+            accepted += f"; the keys there: {keys}{did_you_mean(name, self.value)}"
+        refuse(self.at(name), self[name], accepted)
+
     def text(self, name: str, blank: bool = False) -> str:
         """The field's text. InputError if it is none, or is blank where that is not allowed."""
+        if name not in self:
+            self.refuse(name, "text" if blank else "text that is not blank")
         return check_text(self[name], self.at(name), blank)
 
     def integer(self, name: str, least: int) -> int:
         """The field's integer. InputError if it is none, or is too small."""
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            refuse(self.at(name), value, f"an integer >= {least}")
+            self.refuse(name, f"an integer >= {least}")
         return value
 
     def items(self, name: str, accepted: str = "a list") -> Iterator[tuple[Any, str]]:
         """The field's list, each item with its place. InputError if it is none."""
         value = self[name]
         if not isinstance(value, list):
-            refuse(self.at(name), value, accepted)
+            self.refuse(name, accepted)
         return ((item, f"{self.at(name)}[{i}]") for i, item in enumerate(value))
 
     def records(self, name: str) -> Iterator["Record"]:

@@ -342,6 +342,26 @@ def _named(split: str, passages: Sequence[Passage]) -> dict[str, Passage]:
     return {f"{split} {i:04d} {passage.title}": passage for i, passage in enumerate(passages)}
 
 
+def validate_sizes(config: KnowledgeConfig, contexts: int) -> None:
+    """InputError unless the data has `contexts` passages for a round and the held-out ones: with flags that work."""
+    passages, held_out = read_passages(config.data), config.held_out_contexts
+    count = len(passages)
+    if config.held_out_data:
+        held_out_count = len(read_passages(config.held_out_data))
+        fits = contexts <= count and held_out <= held_out_count
+        text, possible = f"{count} passages and {held_out_count} held out", (count, held_out_count)
+    else:
+        fits = contexts + held_out <= count
+        third = min(count - 1, max(1, count // 3))
+        text, possible = f"{count} passages", (count - third, third)
+    if not fits:
+        flags = f"--contexts {min(contexts, possible[0])} --held-out-contexts {min(held_out, possible[1])}"
+        raise InputError(
+            f"contexts: found {contexts}, held_out_contexts: found {held_out}; accepted: what the data has, {text}: "
+            f"try {flags}"
+        )
+
+
 def _read_data(config: KnowledgeConfig) -> tuple[list[Passage], list[Passage]]:
     """Passages to learn from, and to measure on."""
     require(bool(config.data), "data", config.data, "a JSON file of passages with questions")
