@@ -1,11 +1,18 @@
-"""Assumptions of the forecast that a CPU can measure: what the engine does in Python for a pass on a GPU.
+"""What the forecast of a round assumes, measured: on a CPU what the engine does in Python for a pass on a GPU, on a GPU
+what launches, waits and copies cost.
 
-A training pass: 8,192 tokens are packed, and the LoRA tables of Qwen2.5-7B's shape are made for 16 and for 164 adapters
-of q and v, one sequence each; then each job's bookkeeping. A sampling step: the whole step of a tiny model, less the
-time in the model and in the draw, for 1 and for 256 sequences. Two sizes give a part per pass and one per adapter or
-sequence. One thread; on a CPU, where copies to the device cost nothing.
+On a CPU, a training pass: 8,192 tokens are packed, and the LoRA tables of Qwen2.5-7B's shape are made for 16 and for
+164 adapters of q and v, one sequence each; then each job's bookkeeping. A sampling step: the whole step of a tiny
+model, less the time in the model and in the draw, for 1 and for 256 sequences. Two sizes give a part per pass and one
+per adapter or sequence. One thread; copies to the device cost nothing.
+
+On a GPU: launches of torch and of Triton, alone and as the engine's operations make them; a CUDA graph of 300 kernels,
+on the host and on the device; a read of one number once the device is idle; page-locking and copies of a GiB; products
+of Qwen2.5-7B's layers, forward and backward, for three seconds; and a training pass of 180 tokens, which the host
+takes longer for than the device.
 """
 
+from collections.abc import Callable
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +30,17 @@ from seal_engine.model.lora_batch import _groups
 from seal_engine.model.transformer import Model
 from seal_engine.training.schedule import JobState
 from seal_engine.types import PackedBatch
+from seal_kernels.attention import attention
 from seal_kernels.lora_tables import device_tables
+from seal_kernels.rms_norm import rms_norm
+from seal_kernels.swiglu import swiglu
 from shapes import SHAPES, random_model
 
 CPU = torch.device("cpu")
 TOKENS = 8192
-pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="measures the host alone, on a CPU")
+QV = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "v_proj"))
+on_a_cpu = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="measures the host alone, on a CPU")
+on_a_gpu = pytest.mark.skipif(measure.DEVICE.type != "cuda", reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +60,9 @@ def both(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, flo
 def training_pass(count: int) -> float:
     """Seconds of Python for a pass over `count` adapters."""
     config = ModelConfig.from_dict(SHAPES["qwen2.5-7b"])
-    lora = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "v_proj"))
-    adapters = [Adapter(config, lora, CPU) for _ in range(count)]
+    adapters = [Adapter(config, QV, CPU) for _ in range(count)]
     ids = [list(range(TOKENS // count))] * count
-    job = TrainJob([ids[0]], lora, num_epochs=1000)
+    job = TrainJob([ids[0]], QV, num_epochs=1000)
     states = [JobState(i, job, [TrainSequence(ids[0])], a, TOKENS) for i, a in enumerate(adapters)]
     sizes = projection_sizes(config)
 
@@ -103,11 +114,86 @@ def sampling_step(count: int, monkeypatch: Any) -> float:
     return best
 
 
+@on_a_cpu
 def test_forecast(benchmark, record, monkeypatch):
     def measured() -> None:
         a, b = both((16, training_pass(16)), (164, training_pass(164)))
         record(what="training pass", per_pass_ms=1e3 * a, per_adapter_us=1e6 * b)
         a, b = both((1, sampling_step(1, monkeypatch)), (256, sampling_step(256, monkeypatch)))
         record(what="sampling step", per_step_ms=1e3 * a, per_sequence_us=1e6 * b)
+
+    benchmark.pedantic(measured, rounds=1, iterations=1)
+
+
+def host_seconds(fn: Callable[[], Any], calls: int = 1500) -> float:
+    """Seconds that the host takes for a call whose work the device does in less."""
+    fn()
+    measure.synchronize()
+    start = perf_counter()
+    for _ in range(calls):
+        fn()
+    seconds = (perf_counter() - start) / calls
+    measure.synchronize()
+    return seconds
+
+
+def sustained_products(seconds: float = 3.0) -> float:
+    """FLOP/s of the products of Qwen2.5-7B's layers, forward and backward, in the last of so many seconds."""
+    sizes = [(3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)]  # inputs and outputs
+    drawn = [(torch.randn(TOKENS, i), torch.randn(TOKENS, o), torch.randn(o, i) * 0.02) for i, o in sizes * 4]
+    layers = [[x.to(measure.DEVICE, torch.bfloat16) for x in tensors] for tensors in drawn]
+
+    def products() -> None:
+        for x, dy, weight in layers:
+            torch.mm(x, weight.T)
+            torch.mm(dy, weight)
+
+    products()
+    end, last = perf_counter() + seconds, 0.0
+    while perf_counter() < end:
+        measure.synchronize()
+        start = perf_counter()
+        products()
+        measure.synchronize()
+        last = perf_counter() - start
+    return 4 * 4 * TOKENS * sum(i * o for i, o in sizes) / last
+
+
+@on_a_gpu
+def test_gpu(benchmark, record):
+    def measured() -> None:
+        device = measure.DEVICE
+        numbers, rows = torch.zeros(64, device=device), torch.randn(4, 3584, device=device, dtype=torch.bfloat16)
+        gate_up, weight = torch.randn(4, 37888, device=device, dtype=torch.bfloat16), torch.ones_like(rows[0])
+        q, k, v = (torch.randn(550, n, 128, device=device, dtype=torch.bfloat16) for n in (28, 4, 4))
+        bounds = torch.arange(0, 551, 55, dtype=torch.int32, device=device)
+        with torch.no_grad():
+            launches: dict[str, Callable[[], Any]] = {
+                "torch": lambda: numbers.add_(1),
+                "swiglu": lambda: swiglu(gate_up),
+                "rms_norm": lambda: rms_norm(rows, weight, 1e-5),
+                "attention": lambda: attention(q, k, v, bounds, 55),
+            }
+            for name, fn in launches.items():
+                record(what=f"launch of {name}", us=1e6 * host_seconds(fn))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(300):
+                numbers.add_(1)
+        record(what="graph of 300 kernels, host", us=1e6 * host_seconds(graph.replay, calls=50))
+        record(what="graph of 300 kernels, device", us=1e6 * measure.fastest(graph.replay))
+        record(what="wait", us=1e6 * host_seconds(lambda: numbers[0].item(), calls=300))
+        start = perf_counter()
+        host = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
+        record(what="page-locking", gb_per_s=2**30 / (perf_counter() - start) / 1e9)
+        copy = torch.empty(2**30, dtype=torch.uint8, device=device)
+        record(what="copy to the device", gb_per_s=2**30 / measure.fastest(lambda: copy.copy_(host)) / 1e9)
+        record(what="copy to the host", gb_per_s=2**30 / measure.fastest(lambda: host.copy_(copy)) / 1e9)
+        peak = measure.matrix_rate(torch.bfloat16)
+        record(what="products of layers", tflops=sustained_products() / 1e12, of_the_largest_product=peak / 1e12)
+        engine = Engine(random_model("qwen2.5-7b", torch.bfloat16, device))
+        jobs = [TrainJob([list(range(60))] * 20, QV, num_epochs=1, seed=i) for i in range(3)]
+        seconds = measure.fastest(lambda: engine.train(jobs, progress=False, recompute="mlp"), rounds=2) / 20
+        record(what="training pass of 180 tokens, MLPs recomputed", ms=1e3 * seconds)
 
     benchmark.pedantic(measured, rounds=1, iterations=1)

@@ -223,8 +223,9 @@ class Engine:
         """A Trainer over this engine's model: submit jobs, step, poll.
 
         token_budget: tokens a pass; None: TOKEN_BUDGET, on a CPU CPU_TOKEN_BUDGET. recompute: "none", "mlp",
-        "layer", or "auto": as little as leaves half of the memory to adapters. memory_bytes: what may be used beside
-        the weights; None: what is free. layouts: of the adapters that will be trained; none: of any.
+        "layer", or "auto": as little as leaves half of the memory to adapters, and nothing in small passes.
+        memory_bytes: what may be used beside the weights; None: what is free. layouts: of the adapters that will be
+        trained; none: of any.
         """
         require(recompute in ("auto", *RECOMPUTE), "recompute", recompute, f"one of {['auto', *RECOMPUTE]}")
         budget = self._default_token_budget() if token_budget is None else token_budget
@@ -232,14 +233,13 @@ class Engine:
         free = free_memory(self.model.device) if memory_bytes is None else memory_bytes
         element_size = self.model.compute_dtype.itemsize
         cpu = self.model.device.type == "cpu"
-        choice, state_bytes = training_memory(self.config, budget, element_size, free, recompute, cpu, layouts)
+        memory = training_memory(self.config, budget, element_size, free, recompute, cpu, layouts)
         return Trainer(
             self.model,
             self.inputs.train_sequences,
             budget,
-            state_bytes=state_bytes,
-            recompute=choice,
             callback=callback,
+            **memory._asdict(),
         )
 
     def train(

@@ -1,7 +1,9 @@
 """What fits in memory, and how long a training step should take: arithmetic on a config, no weights needed."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -87,6 +89,14 @@ def weights_bytes(config: ModelConfig, dtype: torch.dtype, quantization: WeightF
     return config.num_hidden_layers * layer + (head + embedding) * dtype.itemsize
 
 
+class TrainingMemory(NamedTuple):
+    """How a Trainer uses memory."""
+
+    recompute: str  # what backward computes again
+    kept_tokens: int  # in a pass of at most so many tokens nothing: all its activations fit in the same memory
+    state_bytes: int  # what is left for adapters and their states
+
+
 def training_memory(
     config: ModelConfig,
     tokens: int,
@@ -95,20 +105,26 @@ def training_memory(
     recompute: str = "auto",
     cpu: bool = False,
     layouts: Sequence[AdapterLayout] = (),
-) -> tuple[str, int]:
-    """What backward computes again, and the bytes left for adapters and their states, as a Trainer has them.
+) -> TrainingMemory:
+    """What a Trainer's backward computes again, and how much memory is left for adapters and their states.
 
-    tokens: of a pass. free_bytes: beside the weights. "auto": as little as leaves half of what is planned with.
-    layouts: of the adapters that will be trained; none: of any.
+    tokens: of a pass. free_bytes: beside the weights. "auto": as little as leaves half of what is planned with, and
+    nothing in a pass that needs no more memory with all of its activations. layouts: of the adapters that will be
+    trained; none: of any.
     """
     layouts = layouts or [adapter_layout(config, LoraConfig(r=1, target_modules="all-linear"))]
-    costs = {
-        choice: max(activation_bytes(config, layout, tokens, element_size, choice, cpu) for layout in layouts)
-        for choice in RECOMPUTE
-    }
+
+    def cost(tokens: int, recompute: str) -> int:
+        return max(activation_bytes(config, layout, tokens, element_size, recompute, cpu) for layout in layouts)
+
+    choice = recompute
     if recompute == "auto":
-        recompute = next((choice for choice in RECOMPUTE if costs[choice] <= HEADROOM * free_bytes / 2), "layer")
-    return recompute, max(0, int(HEADROOM * (free_bytes - costs[recompute])))
+        enough = (choice for choice in RECOMPUTE if cost(tokens, choice) <= HEADROOM * free_bytes / 2)
+        choice = next(enough, "layer")
+    planned, kept_tokens = cost(tokens, choice), 0
+    if recompute == "auto":
+        kept_tokens = bisect_right(range(1, tokens + 1), planned, key=lambda tokens: cost(tokens, "none"))
+    return TrainingMemory(choice, kept_tokens, max(0, int(HEADROOM * (free_bytes - planned))))
 
 
 def make_plan(

@@ -12,7 +12,7 @@ from seal_engine import InputError, LoraConfig
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.transformer import Model
-from seal_engine.plan import HEADROOM, RECOMPUTE, activation_bytes, make_plan, packed_weight_bytes
+from seal_engine.plan import HEADROOM, RECOMPUTE, activation_bytes, make_plan, packed_weight_bytes, training_memory
 from seal_kernels.cross_entropy import CPU_CHUNK_BYTES
 
 GIB = 2**30
@@ -141,6 +141,18 @@ def test_bytes_by_kind_add_up(recompute, adapters):
     else:
         assert made.adapters == adapters
         assert made.tokens == 150
+
+
+def test_small_passes_keep_their_activations():
+    """Within the memory of a whole pass that recomputes: the next larger one needs more. What is asked for holds."""
+    layout = adapter_layout(QWEN_7B, SEAL)
+    recompute, kept, state = training_memory(QWEN_7B, 8192, 2, 60 * 10**9, layouts=[layout])
+    planned = activation_bytes(QWEN_7B, layout, 8192, 2, "mlp", cpu=False)
+    assert (recompute, state) == ("mlp", int(HEADROOM * (60 * 10**9 - planned)))
+    sizes = [activation_bytes(QWEN_7B, layout, tokens, 2, "none", cpu=False) for tokens in (kept, kept + 1)]
+    assert sizes[0] <= planned < sizes[1]
+    assert training_memory(QWEN_7B, 8192, 2, 60 * 10**9, "mlp", layouts=[layout]) == ("mlp", 0, state)
+    assert training_memory(QWEN_7B, 8192, 2, 90 * 10**9, layouts=[layout])[:2] == ("none", 8192)
 
 
 def test_recompute_is_the_least_that_lets_a_step_be_resident():

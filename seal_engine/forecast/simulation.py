@@ -70,9 +70,10 @@ class Simulation:
         self.base = Base(config, (config.dtype or torch.bfloat16).itemsize)
         self.inner, self.policy = LowRank.of(config, published.INNER), LowRank.of(config, published.POLICY)
         self.free_bytes = gpu.memory - self.base.bytes_in_memory
-        self.recompute, self.state_bytes = training_memory(
+        self.recompute, self.kept_tokens, self.state_bytes = training_memory(
             config, TOKEN_BUDGET, self.base.element, self.free_bytes, layouts=[adapter_layout(config, published.INNER)]
         )
+        self.pass_ended = 0.0  # the last one of training, on the device's clock
         self.passes: list[list[int]] = []  # of training: lengths
         self.steps: list[tuple[int, int]] = []  # of sampling: (tokens, sequences)
         self.max_resident = self.num_offloaded = 0
@@ -126,17 +127,20 @@ class Simulation:
         )
         counts = launches("backward", once=1, job=adapters, layer=L, group=lora.groups)
         phase(counts, *self.layers(*batch, backward=True))
-        if self.recompute == "layer":
+        recompute = "none" if self.kept_tokens >= T else self.recompute
+        if recompute == "layer":
             everywhere = lora.groups == 4 * L  # then the layer's last product is made again, too
             count = launches("layer again", adapted_layer=L) if everywhere else launches("layer again", layer=L)
             phase(count, *self.layers(*batch))
-        elif self.recompute == "mlp":
+        elif recompute == "mlp":
             everywhere = lora.groups == 4 * L  # then down's input is needed, too
             count = launches("MLP again", adapted_layer=L) if everywhere else launches("MLP again", layer=L)
             products = (3 if everywhere else 2) * L * c.hidden_size * c.intermediate_size
             narrow = work(NARROW, 0, 3 * base.element * T * c.intermediate_size * L)
             phase(count, work("base products", 2 * products * T, base.element * products), narrow)
         phase(launches("optimizer", once=1), work("optimizer", 0, 36 * lora.parameters * adapters))
+        self.timeline.wait_until(self.pass_ended)  # the losses of the pass before are read
+        self.pass_ended = self.timeline.device
         self.passes.append(list(lengths))
 
     def train(self, jobs: Sequence[Sequence[int]]) -> None:

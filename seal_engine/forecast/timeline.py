@@ -33,6 +33,10 @@ class Timeline:
         self.busy.setdefault(section, defaultdict(float))
         self.exposed.setdefault(section, defaultdict(float))
 
+    def wait_until(self, time: float) -> None:
+        """The host does nothing more before this time of the device's clock."""
+        self.host = max(self.host, time)
+
     def work(self, kind: str, flops: float = 0, moved: float = 0) -> Work:
         """Work of so many FLOPs and bytes: one hides the other."""
         share = assumed("device: share of its rates")

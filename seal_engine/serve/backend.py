@@ -2,6 +2,7 @@
 the same passes and steps meanwhile."""
 
 from collections.abc import Sequence
+from time import perf_counter
 
 from seal_engine.engine import Engine
 from seal_engine.model.adapters import Adapter
@@ -19,6 +20,7 @@ class WorkerBackend:
         self.worker = worker
         self.results: list[TrainResult] = []  # of all calls of `train`
         self.state = "waiting"
+        self.training_seconds = 0.0  # of the last call of `train`
 
     @property
     def engine(self) -> Engine:
@@ -32,7 +34,7 @@ class WorkerBackend:
 
     def train(self, jobs: Sequence[TrainJob], *, progress: bool = True) -> list[TrainResult]:
         """Train jobs beside everyone else's. Raises ClosedError if the server ends before they do."""
-        self.state = "training"
+        self.state, start = "training", perf_counter()
         requests = self.worker.train(jobs, bounded=False)
         try:
             results = [request.future.result() for request in requests]
@@ -40,6 +42,7 @@ class WorkerBackend:
             for request in requests:
                 self.worker.cancel(request)
         self.results += results
+        self.training_seconds = perf_counter() - start
         return results
 
     def generate(
@@ -49,11 +52,17 @@ class WorkerBackend:
         adapters: Sequence[Adapter | None] | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Continue prompts beside everyone else's. InputError for the first that cannot be run, by its number."""
+        """Continue prompts beside everyone else's, at the latest after as long as training took: others then join.
+
+        InputError for the first that cannot be run, by its number.
+        """
         self.state = "sampling"
         owners = [None] * len(prompts) if adapters is None else adapters
         ids = [self.engine.inputs.token_ids(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        requests = [SampleRequest(own, params, owner) for own, owner in zip(ids, owners, strict=True)]
+        requests = [
+            SampleRequest(own, params, owner, patience=self.training_seconds)
+            for own, owner in zip(ids, owners, strict=True)
+        ]
         self.worker.sample(requests, bounded=False)
         try:
             return [request.future.result() for request in requests]

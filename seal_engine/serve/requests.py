@@ -38,13 +38,15 @@ class SampleRequest:
     """A prompt for the worker's sampler. future: its RequestOutput; InputError if the prompt cannot be run.
 
     on_delta is called on the worker's thread with every Delta, and must return at once. output: the RequestOutput as it
-    grows, from the first delta on.
+    grows, from the first delta on. patience: seconds that it may wait while jobs train, to share its steps with what
+    they ask then.
     """
 
     token_ids: Sequence[int]
     params: SamplingParams
     adapter: Adapter | None = None
     prompt: str | None = None
+    patience: float = 0.0
     on_delta: Callable[[Delta], None] | None = None
     output: RequestOutput | None = None
     future: "Future[RequestOutput]" = field(default_factory=running_future)

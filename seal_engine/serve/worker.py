@@ -4,7 +4,8 @@ One Sampler and one Trainer live as long as the worker. Prompts of all callers d
 prefix cache; jobs of all callers train in the same passes. While both kinds of work are due they share time, not turns:
 the kind runs next that has used less of its share so far (`training_share` for training, the rest for sampling; one
 step or one pass is never interrupted). A kind that was idle gets no credit for it. So a burst of prompts waits for at
-most the pass that is running, and training never stops.
+most the pass that is running, and training never stops. Samples that have patience begin when nothing trains, or when
+the first of them has waited for as long as it may: those of several callers then decode together.
 """
 
 import ctypes
@@ -95,6 +96,9 @@ class Worker:
         self.step_times: deque[float] = deque(maxlen=KEPT_STEP_TIMES)  # seconds from one sampler step's end to the next
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._samples: dict[int, SampleRequest] = {}
+        self._patient: dict[
+            SampleRequest, float
+        ] = {}  # those that wait while jobs train -> the time at which they begin
         self._jobs: dict[int, TrainRequest] = {}
         self._verbs: deque[VerbRequest] = deque()
         self._verbs_next = True  # of verbs and jobs, which take turns
@@ -200,6 +204,7 @@ class Worker:
         try:
             while not self._stopped:
                 self._read_inbox()
+                self._begin_patient()
                 kind = self._next_kind()
                 if kind is not None:
                     self._take_turn(kind)
@@ -213,7 +218,7 @@ class Worker:
 
     def _read_inbox(self) -> None:
         """Run what was submitted since the last turn; where nothing is due, wait for it."""
-        if self._next_kind() is None:
+        if self._next_kind() is None and not self._patient:
             self._last_step_end = None
             self._inbox.get()()
         for _ in range(self._inbox.qsize()):
@@ -294,6 +299,16 @@ class Worker:
     # Sampling
 
     def _add_samples(self, requests: Sequence[SampleRequest]) -> None:
+        now = perf_counter()
+        self._patient |= {request: now + request.patience for request in requests if request.patience > 0}
+        self._begin_samples([request for request in requests if request.patience <= 0])
+
+    def _begin_patient(self) -> None:
+        if self._patient and not (self._training_due() and perf_counter() < min(self._patient.values())):
+            requests, self._patient = list(self._patient), {}
+            self._begin_samples(requests)
+
+    def _begin_samples(self, requests: Sequence[SampleRequest]) -> None:
         for request in requests:
             number = self.sampler.add_request(request.prompt, request.token_ids, request.params, request.adapter)
             request.number, request.output = number, self.sampler.output(number)
@@ -379,6 +394,8 @@ class Worker:
     # Ends
 
     def _cancel(self, request: SampleRequest | TrainRequest, error: Exception) -> None:
+        if isinstance(request, SampleRequest) and self._patient.pop(request, None) is not None:
+            self._close(request.future, SAMPLING, error, request.params.n)
         if request.future.done() or request.number is None:
             return
         if isinstance(request, SampleRequest):
@@ -391,7 +408,7 @@ class Worker:
             self._close(request.future, TRAINING, error)
 
     def _abort(self, error: Exception) -> None:
-        for request in [*self._samples.values(), *self._jobs.values()]:
+        for request in [*self._patient, *self._samples.values(), *self._jobs.values()]:
             try:
                 self._cancel(request, error)
             except Exception:  # after a failure, sampler and trainer may be in any state

@@ -35,18 +35,20 @@ class Trainer:
         token_budget: int,
         state_bytes: int | None = None,
         recompute: str = "none",
+        kept_tokens: int = 0,
         callback: Callable[[int, int, float], None] | None = None,
     ):
         """prepare: a job's sequences as checked token ids. token_budget: tokens per pass. state_bytes: what parameters,
         gradients and moments of resident jobs and the parameters of finished ones may take (one job is always
-        admitted); None: no limit. callback(job_id, step, loss) is called after every optimizer step.
+        admitted); None: no limit. recompute: what backward computes again, but in passes of at most kept_tokens tokens,
+        which keep all activations. callback(job_id, step, loss) is called after every optimizer step.
         """
         validate_dtype(model)
         self.model = model
         self.prepare = prepare
         self.token_budget = token_budget
         self.state_bytes = state_bytes
-        self.recompute = recompute
+        self.recompute, self.kept_tokens = recompute, kept_tokens
         self.callback = callback
         self.tokens_done = 0
         self._waiting: list[tuple[int, TrainJob]] = []
@@ -164,6 +166,7 @@ class Trainer:
     def _train_micro_steps(self, chosen: list[JobState]) -> None:
         """One pass over the chosen jobs' next micro-steps; its losses are read by `_collect_losses`."""
         batches, weights = [], []
+        small = sum(state.next_tokens for state in chosen) <= self.kept_tokens
         for state in chosen:
             if state.next is None:
                 continue
@@ -173,7 +176,7 @@ class Trainer:
             soft = [state.soft[i] for i in state.next.members]
             batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key, soft))
             weights.append(state.next.weight)
-        logprobs, counts, _ = target_logprobs(self.model, batches, self.recompute)
+        logprobs, counts, _ = target_logprobs(self.model, batches, "none" if small else self.recompute)
         losses, gradient = job_losses(logprobs, counts, weights)
         with self._whole_or_failed(chosen):
             logprobs.backward(gradient)

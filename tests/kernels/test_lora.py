@@ -311,7 +311,7 @@ def test_compile_gate(sm, aligned, dropout, dtype):
                 **{"first_factor": 2, f"stride_{wide}": 9728, "stride_h": 128, "stride_factors": 27, **sizes},
                 **{"DROPOUT": dropout, "ALIGNED": aligned, "ALIGNED_H": aligned, **options},
             },
-            hopper_matrix=dtype == torch.bfloat16,
+            hopper_matrix=dtype == torch.bfloat16 and kernel_name != "outer",
             disassemble=aligned,
         )
         if aligned:

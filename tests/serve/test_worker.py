@@ -53,6 +53,26 @@ def test_an_adapter_is_sampled_as_soon_as_it_is_trained(worker, engine):
     assert sample.future.result(30).outputs[0].token_ids == out.outputs[0].token_ids
 
 
+def test_a_patient_prompt_begins_when_nothing_trains(worker, engine):
+    """Beside a job of seconds one with an hour's patience ends after the job, one with 20 ms before it;
+    cancelled while it waits, it is counted out.
+    """
+    (trained,) = worker.train([job(60)])
+    patient, hasty, dropped = (SampleRequest(IDS, SHORT, patience=seconds) for seconds in (3600, 0.02, 3600))
+    ends = {}
+    for name, request in (("job", trained), ("patient", patient), ("hasty", hasty)):
+        request.future.add_done_callback(lambda _, name=name: ends.setdefault(name, monotonic()))
+    worker.sample([hasty])
+    assert hasty.future.result(120) is not None
+    worker.sample([patient, dropped])
+    worker.cancel(dropped)
+    with pytest.raises(CancelledError):
+        dropped.future.result(30)
+    assert patient.future.result(120).outputs[0].token_ids == hasty.future.result().outputs[0].token_ids
+    assert ends["hasty"] < ends["job"] <= ends["patient"]
+    assert not worker.busy
+
+
 @pytest.mark.parametrize("share", [0.2, 0.8])
 def test_time_is_shared_as_set(engine, share):
     """While both are due, training gets its share of the time, within what single long passes make of it."""

@@ -512,6 +512,25 @@ def test_recomputing_changes_no_bit(deterministic, recompute):
     assert torch.equal(adapter.grads, data[0].adapter.grads)
 
 
+def test_small_passes_recompute_nothing(deterministic, monkeypatch):
+    """Passes of at most kept_tokens tokens; the others recompute, and the numbers are the same."""
+    modes = set()
+
+    def spy(model, batches, recompute):
+        modes.add((sum(len(ids) for part in batches for ids in part.sequences) <= 9, recompute))
+        return target_logprobs(model, batches, recompute)
+
+    target_logprobs = train.target_logprobs
+    monkeypatch.setattr(train, "target_logprobs", spy)
+    trainer = train.Trainer(
+        deterministic.model, deterministic.inputs.train_sequences, 64, recompute="layer", kept_tokens=9
+    )
+    jobs = [job(i, epochs=3) for i in range(2)]
+    results = finish(trainer, [trainer.submit(j) for j in jobs])
+    assert modes == {(True, "none"), (False, "layer")}
+    same_results(results, deterministic.train(jobs, progress=False, recompute="none"))
+
+
 def test_options_that_are_refused(engine):
     for options, message in (
         (dict(token_budget=0), "token_budget: found 0"),
