@@ -202,10 +202,10 @@ class TrainedModel:
         self._failure = None
         if failure is not None:
             await self._call(lambda: None if adapter.grads is None else adapter.grads.zero_())
-            raise InputError(f"optim_step: no step: a forward_backward before it failed: {failure}")
+            raise InputError(f"optim_step: no step, and gradients are dropped: a forward_backward failed: {failure}")
         norms = await asyncio.wrap_future(self.worker.optim_step([(adapter, params)], bounded=False))
         if not math.isfinite(norms[0]):
-            raise InputError(f"optim_step: no step: the norm of the gradients is {norms[0]}")
+            raise InputError(f"optim_step: no step, and gradients are dropped: their norm is {norms[0]}")
         return json_reply({"metrics": {"grad_norm": norms[0]}})
 
     async def snapshot(self) -> Adapter:
