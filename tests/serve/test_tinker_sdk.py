@@ -292,14 +292,14 @@ def test_restful_parts(client, server):
     [("stable_reinforce", "importance_sampling works"), ("gspo", "loss_fn=ppo works"), ("mse", "accepted: one of")],
 )
 def test_refused_losses_say_what_works(loss, message, client):
-    """Named, with advice. The step behind it is refused, for it would be on gradients that are not whole; what comes then
-    runs as if nothing had been."""
+    """Named, with advice. The step behind it is refused, for it would be on gradients that are not whole; what comes
+    then runs as if nothing had been."""
     model = client.create_lora_training_client(BASE, rank=2, seed=17).result()
     with pytest.raises(tinker.RequestFailedError, match=message) as caught:
         model.forward_backward([policy_datum(ids_of(1, 6, seed=1)[0], 1)[0]], loss).result()
     assert caught.value.category == tinker.types.RequestErrorCategory.User
     model.forward_backward([shifted([5, 6, 7])], "cross_entropy").result()
-    with pytest.raises(tinker.RequestFailedError, match="gradients are dropped.*loss_fn: found"):
+    with pytest.raises(tinker.RequestFailedError, match=r"gradients are dropped.*loss_fn: found"):
         model.optim_step(STEP).result()
     assert train(model, 2) == train(client.create_lora_training_client(BASE, rank=2, seed=17).result(), 2)
 

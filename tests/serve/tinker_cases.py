@@ -10,7 +10,8 @@ from seal_engine.tiny import MODEL
 
 tinker = pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
 BASE = str(MODEL)
-# The SDK never closes the connection that it reads its settings by, nor those of its RestClient; see `collect` in conftest.
+# The SDK never closes the connection that it reads its settings by, nor those of its
+# RestClient; see `collect` in conftest.
 SDK_CONNECTIONS = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
 

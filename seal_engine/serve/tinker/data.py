@@ -25,6 +25,7 @@ REFUSED = {
     "custom": "losses are not uploaded; forward_backward_custom with a function works",
 }
 SETTINGS = {"clip_low_threshold": "clip_low", "clip_high_threshold": "clip_high", "beta": "beta"}
+INPUTS = ("target_tokens", "weights", "logprobs", "advantages")  # of a loss; others are ignored
 MAX_TARGETS = 1024  # of one token
 
 
@@ -59,13 +60,15 @@ def _read_datum(message: Any, adapter: Adapter, loss: str, config: Mapping[str, 
     inputs = {
         key: _tensor(tensor, f"{name}.loss_fn_inputs[{key!r:.80}]", len(tokens))
         for key, tensor in message.loss_fn_inputs.items()
+        if key in INPUTS
     }
     needed = ("target_tokens",) if loss == "cross_entropy" else ("target_tokens", "logprobs", "advantages")
     for key in needed:
         if key not in inputs:
-            raise InputError(f"{name}.loss_fn_inputs: found {sorted(inputs)!r:.200}; accepted for {loss}: with {key}")
+            found = sorted(message.loss_fn_inputs)
+            raise InputError(f"{name}.loss_fn_inputs: found {found!r:.200}; accepted for {loss}: with {key}")
     for key in ("clip_low_threshold", "clip_high_threshold"):
-        if key in inputs:
+        if key in message.loss_fn_inputs:
             raise InputError(f"{name}.loss_fn_inputs: found {key}; accepted: {key} in loss_fn_config, for all tokens")
     targets = inputs["target_tokens"]
     weights = inputs.get("weights", np.ones(targets.shape, np.float32))
