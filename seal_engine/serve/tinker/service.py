@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from seal_engine.serve.errors import ApiError
@@ -45,7 +44,7 @@ class Session:
 
     session_id: str
     body: schemas.CreateSession
-    seen: float = field(default_factory=monotonic)
+    silent: float = 0.0  # seconds since the client was last heard of
     models: dict[str, TrainedModel] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
 
@@ -87,7 +86,7 @@ class TinkerService:
                 404, f"session_id: found {session_id!r:.100}; accepted: a session of this server", "session_id"
             )
         session = self.sessions[session_id]
-        session.seen = monotonic()
+        session.silent = 0.0
         return session
 
     def model(self, model_id: str) -> TrainedModel:
@@ -123,13 +122,15 @@ class TinkerService:
         self.snapshots.drop([snapshot for snapshot in freed if snapshot is not None])
 
     async def _sweep(self) -> None:
-        """End sessions that nobody has heard of for too long."""
+        """End sessions that nobody has heard of for too long. Time is counted in sweeps: while the process was stopped,
+        heartbeats could not be heard."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            oldest = monotonic() - self.settings.session_seconds
-            for session in [s for s in self.sessions.values() if s.seen < oldest]:
-                log.warning("%s ends: no sign of life for %g s", session.session_id, self.settings.session_seconds)
-                self.end_session(session.session_id)
+            for session in list(self.sessions.values()):
+                session.silent += SWEEP_SECONDS
+                if session.silent > self.settings.session_seconds:
+                    log.warning("%s ends: no sign of life for %g s", session.session_id, session.silent)
+                    self.end_session(session.session_id)
 
     def close(self) -> None:
         """End all sessions; who waits gets an error."""
