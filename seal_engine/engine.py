@@ -35,7 +35,7 @@ from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams, 
 from seal_engine.sampling.sampler import Sampler
 from seal_engine.training.jobs import AdamParams, Datum, DatumResult, TrainJob, TrainResult, min_sequential_steps
 from seal_engine.training.trainer import Trainer
-from seal_engine.training.verbs import forward_backward, optim_step
+from seal_engine.training.verbs import forward, forward_backward, optim_step
 from seal_engine.types import InputError, LoraConfig, PackedBatch, chunks, is_integer, require
 from seal_kernels.dispatch import ceil_div
 
@@ -206,6 +206,11 @@ class Engine:
         """Add each datum's gradient to its adapter's; see `training.verbs.forward_backward`."""
         with on_device(self.model.device):
             return forward_backward(self.model, data, self._default_token_budget())
+
+    def forward(self, data: Sequence[Datum]) -> list[DatumResult]:
+        """The losses and log-probabilities of `forward_backward`, and no gradient."""
+        with on_device(self.model.device):
+            return forward(self.model, data, self._default_token_budget())
 
     def optim_step(self, steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
         """One AdamW step of each adapter, all at once; returns gradient norms. See `training.verbs.optim_step`."""

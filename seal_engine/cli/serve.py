@@ -1,4 +1,4 @@
-"""The verb that serves: HTTP for OpenAI's clients and vLLM's, ZMQ for SEAL's drivers."""
+"""The verb that serves: HTTP for OpenAI's clients, vLLM's and Tinker's, ZMQ for SEAL's drivers."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from seal_engine.files import read_text
 from seal_engine.model.config import DTYPES
 from seal_engine.types import InputError, require
 
-LIBRARIES = ("fastapi", "uvicorn", "zmq", "prometheus_client")  # of the extra `serve`
+LIBRARIES = ("fastapi", "uvicorn", "zmq", "prometheus_client", "google.protobuf")  # of the extra `serve`
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +61,26 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_seal("--endpoint", "base URL of an OpenAI-compatible endpoint, for --grader endpoint", metavar="URL")
     add_seal("--endpoint-model", "name of the model at the endpoint", default="", metavar="NAME")
     add_seal("--endpoint-key-env", "environment variable with the endpoint's key", metavar="NAME")
+    tinker = parser.add_argument_group("the Tinker API")
+
+    def add_tinker(name: str, text: str, **kwargs: Any) -> None:
+        shown = " (default: %(default)s)" if kwargs.get("default") is not None else ""
+        tinker.add_argument(name, help=text + shown, **kwargs)
+
+    add_tinker("--tinker-dir", "directory of checkpoints", default="tinker-checkpoints", metavar="DIR")
+    add_tinker("--tinker-alpha", "lora_alpha of new models", type=float, default=32.0, metavar="X")
+    add_tinker("--tinker-max-models", "models at once; others wait (default: no limit)", type=int, metavar="N")
+    text = "after which a client that shows no sign of life loses its models"
+    add_tinker("--tinker-session-seconds", text, type=float, default=120.0, metavar="X")
+    text = "of samplers' adapters in memory; others wait on the disk"
+    add_tinker("--tinker-sampler-bytes", text, type=int, default=2**32, metavar="N")
     parser.add_argument("--quiet", help="no text on stdout but what --json gives", action="store_true")
     parser.add_argument("--json", help="one JSON object on stdout once requests are answered", action="store_true")
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve a model and its adapters: OpenAI's API, vLLM's adapter calls, SEAL's inner loop."""
-    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    """Serve a model and its adapters: OpenAI's API, vLLM's adapter calls, Tinker's API, SEAL's inner loop."""
+    missing = [name for name in LIBRARIES if not _is_installed(name)]
     if missing:
         raise InputError(f"serve: found no {', '.join(missing)}; accepted: pip install 'seal-engine[serve]'")
     from seal_engine.serve import setup  # the extra's libraries are imported nowhere else
@@ -98,6 +111,13 @@ def serve(options: argparse.Namespace) -> None:
             print(json.dumps({"url": url, "seal": None if seal is None else seal.address}), flush=True)
 
     setup.run(service, settings, ready, seal)
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return find_spec(library) is not None
+    except ModuleNotFoundError:  # a package that it would be part of
+        return False
 
 
 def _key(variable: str | None) -> str | None:

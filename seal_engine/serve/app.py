@@ -19,6 +19,7 @@ from seal_engine.serve.guard import Guard, Key
 from seal_engine.serve.openai_api import make_routes
 from seal_engine.serve.service import Service
 from seal_engine.serve.stats import describe, make_registry
+from seal_engine.serve.tinker.routes import make_tinker_routes
 
 PAGE = Path(__file__).parent / "page.html"
 log = logging.getLogger("seal_engine")
@@ -53,6 +54,7 @@ def make_app(
     app = FastAPI(title="seal_engine", version=package_version(), docs_url=None, redoc_url=None)
     app.add_middleware(Guard, key=key, max_body=max_body)
     app.include_router(make_routes(service, ERRORS))
+    app.include_router(make_tinker_routes(service))
     registry = make_registry(service)
 
     @app.get("/health", responses=ERRORS)

@@ -64,10 +64,10 @@ class TrainRequest:
 
 @dataclass(eq=False)
 class VerbRequest:
-    """One call of forward_backward or optim_step, which may run together with those of other adapters."""
+    """One call of a verb of the engine, which may run together with calls of the same verb on other adapters."""
 
+    verb: str  # "forward", "forward_backward" or "optim_step"
     items: Sequence[Any]  # Datum, or (Adapter, AdamParams)
-    adapters: set[int]  # uids of those that the call changes
-    num_tokens: int  # that forward_backward computes; 0 for optim_step
-    trains: bool  # forward_backward, not optim_step
+    adapters: set[int]  # uids of those that the call reads or changes
+    num_tokens: int = 0  # that it computes
     future: "Future[list[Any]]" = field(default_factory=running_future)

@@ -104,6 +104,7 @@ async def serve(
         waiting.cancel()
         await _drain(service, settings.drain_seconds)
     finally:
+        service.tinker.close()
         server.should_exit = True
         if seal is not None:
             await seal.close()

@@ -14,6 +14,7 @@ from seal_engine.serve.adapters import AdapterNames
 from seal_engine.serve.errors import ApiError
 from seal_engine.serve.requests import SampleRequest
 from seal_engine.serve.schemas import Message
+from seal_engine.serve.tinker.service import TinkerService
 from seal_engine.serve.token_texts import TokenTexts
 from seal_engine.serve.worker import Worker
 from seal_engine.types import InputError
@@ -41,6 +42,7 @@ class Service:
     engine: Engine
     worker: Worker
     names: AdapterNames
+    tinker: TinkerService
     chat_template: str | None = None
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time)

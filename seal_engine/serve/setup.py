@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from seal_engine.serve.seal_loop import SealLoop
 from seal_engine.serve.seal_socket import SealSocket
 from seal_engine.serve.server import ServerSettings, serve
 from seal_engine.serve.service import Service
+from seal_engine.serve.tinker.service import TinkerService, TinkerSettings
 from seal_engine.serve.worker import Worker
 from seal_engine.types import InputError, renamed_errors, require
 
@@ -51,7 +53,19 @@ def make_service(
         except InputError as error:
             raise InputError(f"--adapter {name}: {error}") from None
     defaults = engine.sampling_defaults() if options.sampling_defaults == "model" else {}
-    return Service(engine, worker, table, chat_template, defaults)
+    tinker = TinkerService(worker, names, tinker_settings(options))
+    return Service(engine, worker, table, tinker, chat_template, defaults)
+
+
+def tinker_settings(options: argparse.Namespace) -> TinkerSettings:
+    """The settings of the Tinker API. InputError naming the flag."""
+    alpha, models, seconds = options.tinker_alpha, options.tinker_max_models, options.tinker_session_seconds
+    size = options.tinker_sampler_bytes
+    require(math.isfinite(alpha), "--tinker-alpha", alpha, "a finite number")
+    require(models is None or models >= 1, "--tinker-max-models", models, "an integer >= 1")
+    require(seconds > 0, "--tinker-session-seconds", seconds, "a number above 0")
+    require(size >= 0, "--tinker-sampler-bytes", size, "an integer >= 0")
+    return TinkerSettings(Path(options.tinker_dir), alpha, models, seconds, size)
 
 
 def base_names(model: str, served_name: str | None) -> list[str]:

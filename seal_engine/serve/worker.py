@@ -144,17 +144,20 @@ class Worker:
         self._inbox.put(partial(self._add_jobs, requests))
         return requests
 
-    def forward_backward(self, data: Sequence[Datum]) -> "Future[list[DatumResult]]":
+    def forward_backward(self, data: Sequence[Datum], bounded: bool = True) -> "Future[list[DatumResult]]":
         """`Engine.forward_backward`, in order among the calls on the same adapters, in one pass with calls on others.
 
-        Raises what `sample` does; the future what the engine does.
+        Takes and raises what `sample` does; the future raises what the engine does.
         """
-        tokens = sum(len(datum.token_ids) for datum in data)
-        return self._add_verb(VerbRequest(data, {datum.adapter.uid for datum in data}, tokens, True))
+        return self._add_verb(_data_request("forward_backward", data), bounded)
 
-    def optim_step(self, steps: Sequence[tuple[Adapter, AdamParams]]) -> "Future[list[float]]":
+    def forward(self, data: Sequence[Datum], bounded: bool = True) -> "Future[list[DatumResult]]":
+        """`Engine.forward`, likewise."""
+        return self._add_verb(_data_request("forward", data), bounded)
+
+    def optim_step(self, steps: Sequence[tuple[Adapter, AdamParams]], bounded: bool = True) -> "Future[list[float]]":
         """`Engine.optim_step`, likewise."""
-        return self._add_verb(VerbRequest(steps, {adapter.uid for adapter, _ in steps}, 0, False))
+        return self._add_verb(VerbRequest("optim_step", steps, {adapter.uid for adapter, _ in steps}), bounded)
 
     def call(self, function: Callable[[Engine], T]) -> "Future[T]":
         """Run a function of the engine between two steps, such as loading an adapter: it should be short."""
@@ -193,8 +196,8 @@ class Worker:
                 raise QueueFullError(f"the queue is full: {self._open[kind]} are waiting or running")
             self._open[kind] += count
 
-    def _add_verb(self, request: VerbRequest) -> "Future[list[Any]]":
-        self._admit(TRAINING, 1, True)
+    def _add_verb(self, request: VerbRequest, bounded: bool) -> "Future[list[Any]]":
+        self._admit(TRAINING, 1, bounded)
         self._inbox.put(partial(self._verbs.append, request))
         return request.future
 
@@ -353,7 +356,7 @@ class Worker:
         A call that is not valid fails alone: the engine refuses before it computes, and the calls then run one by one.
         """
         calls = self._together()
-        run = self.engine.forward_backward if calls[0].trains else self.engine.optim_step
+        run = getattr(self.engine, calls[0].verb)
         try:
             results = run([item for call in calls for item in call.items])
         except Exception as error:
@@ -380,10 +383,10 @@ class Worker:
         tokens = 0
         for call in self._verbs:
             fits = not calls or tokens + call.num_tokens <= self.sampler.token_budget
-            if call.trains == first.trains and fits and not call.adapters & blocked:
+            if call.verb == first.verb and fits and not call.adapters & blocked:
                 calls.append(call)
                 tokens += call.num_tokens
-                if not call.trains:
+                if call.verb == "optim_step":
                     blocked |= call.adapters  # optim_step takes an adapter once
             else:
                 rest.append(call)
@@ -429,6 +432,11 @@ class Worker:
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+def _data_request(verb: str, data: Sequence[Datum]) -> VerbRequest:
+    """A call of a verb on data."""
+    return VerbRequest(verb, data, {datum.adapter.uid for datum in data}, sum(len(datum.token_ids) for datum in data))
 
 
 def _settle(future: "Future[T]", function: Callable[[], T]) -> None:

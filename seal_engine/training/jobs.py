@@ -141,6 +141,8 @@ class Datum:
     1 .. n - 1 to a scalar tensor. Per-token fields have n entries (the first, of a token that nothing predicts, is not
     used) or n - 1. weights None: each 1 / (n - 1), the mean.
 
+    target_tokens: the tokens whose log-probabilities are meant, in place of tokens 1 .. n - 1 of the sequence.
+
     target_ids: soft targets for "cross_entropy", K ids for each of n or n - 1 tokens in place of the tokens themselves;
     weights, of the same shape and any sign, are then needed, and the loss is minus the sum over i and k of
     weights[i][k] logp(target_ids[i][k]). Ids may repeat; one of weight 0 is padding.
@@ -154,6 +156,7 @@ class Datum:
     advantages: Sequence[float] | None = None
     target_ids: Sequence[Sequence[int]] | None = None
     loss_config: Mapping[str, float] | None = None
+    target_tokens: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

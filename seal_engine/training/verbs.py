@@ -1,6 +1,7 @@
-"""The two verbs under all training, over any mix of adapters.
+"""The verbs under all training, over any mix of adapters.
 
-`forward_backward` adds to the gradients of the adapters in its data; `optim_step` advances any set of adapters.
+`forward_backward` adds to the gradients of the adapters in its data, `forward` computes the same losses without
+gradients, `optim_step` advances any set of adapters.
 """
 
 import math
@@ -28,7 +29,8 @@ from seal_kernels.transfer import to_device
 class AdapterBatch:
     """One adapter's sequences in a pass. targets[i][j]: whether token j of sequence i is a target; token 0 never is.
 
-    soft[i]: the soft targets of sequence i's tokens, (ids, weights) [n, K] each; None: the tokens themselves.
+    target_tokens[i]: what is predicted in place of sequence i's tokens, as many; None: the tokens themselves. soft[i]:
+    the soft targets of sequence i's tokens, (ids, weights) [n, K] each; None: one target a token.
     """
 
     adapter: Adapter
@@ -36,6 +38,7 @@ class AdapterBatch:
     targets: Sequence[Sequence[bool]]
     dropout_key: tuple[int, int] = (0, 0)
     soft: Sequence[tuple[Tensor, Tensor] | None] = ()
+    target_tokens: Sequence[Sequence[int] | None] = ()
 
 
 def validate_dtype(model: Model) -> None:
@@ -45,13 +48,13 @@ def validate_dtype(model: Model) -> None:
 
 
 def target_logprobs(
-    model: Model, batches: Sequence[AdapterBatch], recompute: str
+    model: Model, batches: Sequence[AdapterBatch], recompute: str, train: bool = True
 ) -> tuple[Tensor, list[int], list[Tensor]]:
     """(log-probabilities of all target tokens in order, [n] float32 with a graph; how many of them each adapter has;
     for each sequence with soft targets, the log-probabilities [targets, K] themselves, detached).
 
-    Backward from them adds to the adapters' gradients. A token with soft targets counts as sum_k weight_k logp(id_k).
-    The second list has, for each sequence with soft targets, the log-probabilities [targets, K] themselves, detached.
+    Backward from the first adds to the adapters' gradients; with train=False there is no graph. A token with soft
+    targets counts as sum_k weight_k logp(id_k).
     """
     sequences = [sequence for part in batches for sequence in part.sequences]
     targets = [target for part in batches for target in part.targets]
@@ -59,11 +62,15 @@ def target_logprobs(
     keys = [part.dropout_key for part in batches]
     counts = [sum(map(sum, part.targets)) for part in batches]
     batch = PackedBatch.pack(sequences, model.device)
-    lora = LoraBatch.make([part.adapter for part in batches], tokens, train=True, dropout_keys=keys)
+    lora = LoraBatch.make([part.adapter for part in batches], tokens, train=train, dropout_keys=keys)
     hidden = model.hidden_states(batch, lora, recompute=recompute)
-    token_ids = np.fromiter(chain.from_iterable(sequences), np.int64, sum(tokens))
-    is_target = np.fromiter(chain.from_iterable(targets), np.bool_, len(token_ids))
-    target_ids = token_ids[is_target]
+    is_target = np.fromiter(chain.from_iterable(targets), np.bool_, sum(tokens))
+    predicted = [
+        sequence if instead is None else instead
+        for part in batches
+        for sequence, instead in zip(part.sequences, part.target_tokens or [None] * len(part.sequences), strict=True)
+    ]
+    target_ids = np.fromiter(chain.from_iterable(predicted), np.int64, len(is_target))[is_target]
     soft = [pair for part in batches for pair in (part.soft or [None] * len(part.sequences))]
     if not any(pair is not None for pair in soft):
         rows, ids = to_device(model.device, is_target.nonzero()[0] - 1, target_ids)
@@ -108,9 +115,7 @@ def forward_backward(
     before anything is computed; where a callable loss fails, all gradients are as they were before the call.
     """
     validate_dtype(model)
-    require(is_list(data), "data", data, "a list of Datum")
-    for i, datum in enumerate(data):
-        _check_datum(datum, f"data[{i}]", model)
+    validate_data(model, data)
     parts = list(chunks([len(datum.token_ids) for datum in data], token_budget))
     # A callable of a later part may fail after the backward pass of an earlier one.
     needs_rollback = len(parts) > 1 and any(callable(datum.loss) for datum in data)
@@ -118,7 +123,7 @@ def forward_backward(
     if needs_rollback:
         before = {adapter: None if grads is None else grads.clone() for adapter, grads in before.items()}
     try:
-        return [result for chunk in parts for result in _forward_backward_chunk(model, data, chunk, recompute)]
+        return [result for chunk in parts for result in _run_chunk(model, data, chunk, recompute, backward=True)]
     except BaseException:
         for adapter, grads in before.items():
             if grads is None:
@@ -128,27 +133,57 @@ def forward_backward(
         raise
 
 
-def _forward_backward_chunk(model: Model, data: Sequence[Datum], chunk: list[int], recompute: str) -> list[DatumResult]:
-    """`forward_backward` of the data whose numbers are in chunk, in one pass."""
+def forward(model: Model, data: Sequence[Datum], token_budget: int) -> list[DatumResult]:
+    """The losses and log-probabilities of `forward_backward`; no gradient changes. Dropout is off."""
+    validate_data(model, data)
+    parts = chunks([len(datum.token_ids) for datum in data], token_budget)
+    return [result for chunk in parts for result in _run_chunk(model, data, chunk, "none", backward=False)]
+
+
+def validate_data(model: Model, data: Sequence[Datum]) -> None:
+    """InputError naming the first datum, and its field, that cannot be computed."""
+    require(is_list(data), "data", data, "a list of Datum")
+    for i, datum in enumerate(data):
+        _check_datum(datum, f"data[{i}]", model)
+
+
+def _run_chunk(
+    model: Model, data: Sequence[Datum], chunk: list[int], recompute: str, backward: bool
+) -> list[DatumResult]:
+    """`forward_backward`, or `forward`, of the data whose numbers are in chunk, in one pass."""
     by_adapter: dict[int, list[int]] = {}
     for i in chunk:
         by_adapter.setdefault(data[i].adapter.uid, []).append(i)
     batches = []
     for group in by_adapter.values():
         adapter = data[group[0]].adapter
-        adapter.allocate_optimizer_state()
+        if backward:
+            adapter.allocate_optimizer_state()
         sequences = [data[i].token_ids for i in group]
         targets = [[False, *[True] * (len(s) - 1)] for s in sequences]
-        batches.append(AdapterBatch(adapter, sequences, targets, soft=[_soft_targets(data[i]) for i in group]))
+        soft_targets = [_soft_targets(data[i]) for i in group]
+        target_tokens = [_target_tokens(data[i]) for i in group]
+        batches.append(AdapterBatch(adapter, sequences, targets, soft=soft_targets, target_tokens=target_tokens))
     members = list(chain.from_iterable(by_adapter.values()))
-    joined, _, of_ids = target_logprobs(model, batches, recompute)
+    with torch.set_grad_enabled(backward):
+        joined, _, of_ids = target_logprobs(model, batches, recompute, train=backward)
+    if not backward:
+        joined.requires_grad_()  # for losses that are callables
     parts = joined.split([len(data[i].token_ids) - 1 for i in members])
     logprobs = dict(zip(members, parts, strict=True))
     losses = torch.stack([datum_loss(data[i], logprobs[i], f"data[{i}].loss") for i in chunk])
-    losses.sum().backward()
+    if backward:
+        losses.sum().backward()
     soft = [i for i in members if data[i].target_ids is not None]
     logprobs |= zip(soft, of_ids, strict=True)
     return [DatumResult(loss, logprobs[i].detach().cpu()) for i, loss in zip(chunk, losses.tolist(), strict=True)]
+
+
+def _target_tokens(datum: Datum) -> Sequence[int] | None:
+    """The datum's target tokens, one for each of its tokens, 0 for the first that nothing predicts."""
+    if datum.target_tokens is None:
+        return None
+    return [0, *integers(datum.target_tokens, "target_tokens")[-(len(datum.token_ids) - 1) :]]
 
 
 def _soft_targets(datum: Datum) -> tuple[Tensor, Tensor] | None:
@@ -228,11 +263,15 @@ def _check_datum(datum: Datum, name: str, model: Model) -> None:
     _check_loss_config(datum, f"{name}.loss_config")
     if datum.target_ids is not None:
         require(datum.loss == "cross_entropy", f"{name}.loss", datum.loss, "cross_entropy beside target_ids")
-        for field in ("old_logprobs", "advantages"):
+        for field in ("old_logprobs", "advantages", "target_tokens"):
             require(getattr(datum, field) is None, f"{name}.{field}", getattr(datum, field), "None beside target_ids")
         fields = (f"{name}.target_ids", f"{name}.weights")
         check_soft_targets(datum.target_ids, datum.weights, (n, n - 1), model.config.vocab_size, fields)
         return
+    if datum.target_tokens is not None:
+        tokens = integers(datum.target_tokens, f"{name}.target_tokens")
+        require(len(tokens) in (n, n - 1), f"{name}.target_tokens", f"{len(tokens)} entries", f"{n} or {n - 1} ids")
+        check_token_ids(tokens, f"{name}.target_tokens", model.config)
     needed = {"old_logprobs", "advantages"} if datum.loss in POLICY_LOSSES else set()
     for field in ("weights", "old_logprobs", "advantages"):
         values = getattr(datum, field)

@@ -1,5 +1,8 @@
 """One engine for all servers of a module, and adapters that change what it says."""
 
+import gc
+import warnings
+
 import pytest
 import torch
 from serving import running
@@ -21,6 +24,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect():
+    """What the Tinker SDK leaves open is collected here, where that is no error, and not in another module's test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

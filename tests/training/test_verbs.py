@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +51,9 @@ def entropy_like(logprobs):
 def autograd(peft, datum):
     """(loss, log-probabilities) of a datum as PEFT's model and plain torch have them; its gradients are added."""
     logits = peft(input_ids=torch.tensor([datum.token_ids])).logits[0, :-1]
-    logprobs = logits.log_softmax(-1).gather(1, torch.tensor(datum.token_ids[1:])[:, None]).squeeze(1)
+    targets = datum.token_ids if datum.target_tokens is None else datum.target_tokens
+    targets = torch.tensor(targets)[-len(logits) :]
+    logprobs = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     if callable(datum.loss):
         loss = datum.loss(logprobs)
     else:
@@ -80,7 +83,9 @@ def some_data(adapter, seed):
         Datum(
             adapter, sixth, "importance_sampling",
             old_logprobs=[-7 + x for x in numbers(10, seed + 5)], advantages=numbers(11, seed + 6),
+            target_tokens=second[:10],
         ),
+        Datum(adapter, first, weights=numbers(8, seed + 7), target_tokens=second[:9]),
     ]  # fmt: skip
 
 
@@ -123,7 +128,7 @@ def test_a_loss_by_itself_adds_up(loss, engine):
         adapter = random_adapter(engine)
         results = []
         for part in parts:
-            given = [Datum(adapter, d.token_ids, d.loss, d.weights, d.old_logprobs, d.advantages) for d in part]
+            given = [replace(d, adapter=adapter) for d in part]
             results += forward_backward(engine.model, given, budget)
         return results, adapter
 
@@ -133,6 +138,30 @@ def test_a_loss_by_itself_adds_up(loss, engine):
         assert [r.loss for r in apart] == pytest.approx([r.loss for r in together], rel=1e-5)
         assert relative_error(second.grads, first.grads) < 1e-5
     assert first.grads.any()
+
+
+def test_forward_is_forward_backward_without_gradients(engine):
+    """The same pass, so the same losses and log-probabilities; the adapter stays as it is."""
+    adapter = random_adapter(engine)
+    data = some_data(adapter, seed=4)
+    results = engine.forward(data)
+    assert adapter.grads is None
+    for ours, theirs in zip(results, engine.forward_backward(data), strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+        assert relative_error(ours.logprobs, theirs.logprobs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("target_tokens", "message"),
+    [([1, 2, 3, 4], r"target_tokens: found .*4 entries.*accepted: 3 or 2"), ([1, 10**6], r"target_tokens: token 1")],
+    ids=["one too many", "outside the vocabulary"],
+)
+def test_bad_target_tokens(target_tokens, message, engine):
+    """Named before anything is computed."""
+    adapter = random_adapter(engine)
+    with pytest.raises(InputError, match=message):
+        engine.forward_backward([Datum(adapter, [1, 2, 3], target_tokens=target_tokens)])
+    assert adapter.grads is None
 
 
 def test_tensors_and_arrays_are_taken(engine):
@@ -507,7 +536,7 @@ def test_recomputing_changes_no_bit(deterministic, recompute):
     data = some_data(random_adapter(deterministic), seed=1)
     forward_backward(deterministic.model, data, 10_000)
     adapter = random_adapter(deterministic)
-    again = [Datum(adapter, d.token_ids, d.loss, d.weights, d.old_logprobs, d.advantages) for d in data]
+    again = [replace(d, adapter=adapter) for d in data]
     forward_backward(deterministic.model, again, 10_000, recompute)
     assert torch.equal(adapter.grads, data[0].adapter.grads)
 

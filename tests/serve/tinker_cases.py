@@ -1,0 +1,56 @@
+"""A server for the Tinker SDK, its clients, and the data that its tests train on."""
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+from serving import running
+
+from seal_engine.tiny import MODEL
+
+tinker = pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
+BASE = str(MODEL)
+# The SDK never closes the connection that it reads its settings by, nor those of its
+# RestClient; see `collect` in conftest.
+SDK_CONNECTIONS = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+
+
+@contextmanager
+def tinker_server(engine, directory, *arguments):
+    with running(engine, "--tinker-dir", directory, *arguments) as server:
+        yield server
+
+
+@contextmanager
+def service_client(server):
+    """A client of the SDK as users have it; its session ends with the block."""
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-test") as client:
+        yield client
+
+
+def shifted(ids, **inputs):
+    """A datum that predicts every next token; a weight each where no inputs are given."""
+    inputs = inputs or {"weights": [1.0] * (len(ids) - 1)}
+    return tinker.Datum(
+        model_input=tinker.types.ModelInput.from_ints(list(ids[:-1])),
+        loss_fn_inputs={"target_tokens": list(ids[1:]), **inputs},
+    )
+
+
+def prompt(ids):
+    return tinker.types.ModelInput.from_ints(list(ids))
+
+
+def sampling(max_tokens=6, **fields):
+    return tinker.SamplingParams(max_tokens=max_tokens, **fields)
+
+
+def logprobs(output):
+    """The log-probabilities of each datum, as lists."""
+    return [record["logprobs"].tolist() for record in output.loss_fn_outputs]
+
+
+def ids_of(count, length, seed):
+    """Sequences of token ids, all different."""
+    cycle = itertools.count(seed * 7919)
+    return [[3 + (next(cycle) * 104729) % 900 for _ in range(length + i % 3)] for i in range(count)]
