@@ -26,7 +26,7 @@ ROOMS = [
     {"loop"},
     {"domains"},
     {"serve"},
-    {"tiny"},
+    {"tiny", "real"},
     {"runs"},
     {"report"},
     {"cli"},

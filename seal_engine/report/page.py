@@ -34,7 +34,7 @@ from seal_engine.report.html import (
     table,
     text,
 )
-from seal_engine.runs import TASKS, configs, is_continual, rows
+from seal_engine.runs import TASKS, Row, configs, is_continual, rows
 
 PAGE = "report.html"
 LONGEST = 2000  # characters of a self-edit that are shown
@@ -67,7 +67,7 @@ def write_report(directory: Path) -> Path:
         if is_continual(ledger):
             return _write_continual(directory, ledger)
         data = RunData(ledger)
-        measured = [(row.name, row.accuracies) for row in rows(ledger)]
+        measured = rows(ledger)
     pictures = _draw(data)
     for name, picture in (pictures or {}).items():
         replace_file(directory / f"{name}.png", picture)
@@ -103,7 +103,7 @@ def _draw(data: RunData) -> dict[str, bytes] | None:
     return draw(written, data.baselines, data.pairs, data.rounds, data.seconds_by_stage)
 
 
-def _page(data: RunData, measured: Sequence[tuple[str, Sequence[float]]], pictures: Mapping[str, bytes] | None) -> str:
+def _page(data: RunData, measured: Sequence[Row], pictures: Mapping[str, bytes] | None) -> str:
     images = {name: figure(picture, *ABOUT[name]) for name, picture in (pictures or {}).items()}
     model = Path(str(data.config.get("model", ""))).name
     title = ", ".join(filter(None, [str(data.config.get("task", "run")), model]))
@@ -191,12 +191,17 @@ def _settings(config: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _accuracy(measured: Sequence[tuple[str, Sequence[float]]]) -> str:
+def _accuracy(measured: Sequence[Row]) -> str:
     if not measured:
         return "<p>Nothing has been measured yet.</p>"
-    lines = [(name, percent(mean(own)), percent(deviation(own)), str(len(own))) for name, own in measured]
-    note = "In percent, on held-out contexts: mean and standard deviation (sd) over seeds."
-    return table(("method", "accuracy", "sd", "seeds"), lines, (1, 2, 3)) + f'<p class="note">{note}</p>\n'
+    lines = [
+        (row.name, *map(percent, (row.mean, row.deviation, row.standard_error)), str(len(row.accuracies)))
+        for row in measured
+    ]
+    note = (
+        "In percent, on held-out contexts: mean, standard deviation over seeds (sd), standard error over contexts (se)."
+    )
+    return table(("method", "accuracy", "sd", "se", "seeds"), lines, (1, 2, 3, 4)) + f'<p class="note">{note}</p>\n'
 
 
 def _contexts(data: RunData) -> str:
