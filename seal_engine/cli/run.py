@@ -13,6 +13,7 @@ from seal_engine.domains.knowledge.seal_files import read_result, write_sft
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.settings import add_flags, read_toml
 from seal_engine.progress import write_line
+from seal_engine.real.demo import smollm2
 from seal_engine.report.compare import compare, comparison, comparison_table, write_comparison
 from seal_engine.report.page import write_report
 from seal_engine.tiny.continual_demo import POLICY_ROUNDS
@@ -34,16 +35,18 @@ def _shown(options: argparse.Namespace) -> tuple[Callable[[str], None], bool]:
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", default="knowledge", choices=sorted(DEMOS), help="(default: %(default)s)")
     parser.add_argument("--out", help="directory of the run (default: runs/demo-TASK)", metavar="DIR")
-    text = "how many seeds to run (default: 3; of continual, 1)"
+    text = "how many seeds to run (default: 3; of continual and real, 1)"
     parser.add_argument("--seeds", help=text, type=int, default=0, metavar="N")
     _run_arguments(parser)
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Watch a miniature model learn to write its own training data: minutes on a CPU, no download."""
+    """Watch a small model learn to write its own training data: minutes on a CPU, no download at run time."""
     count = options.seeds or DEMO_SEEDS[options.task]
     require(count >= 1, "--seeds", options.seeds, "an integer >= 1")
     values: dict[str, Any] = {"seeds": tuple(range(count))}
+    if options.task == "real":
+        values["model"] = smollm2()
     out = options.out or f"runs/demo-{options.task}"
     if options.task == "continual":
         policy = runs.start(DEMOS["knowledge"], POLICY_ROUNDS, f"{out}-policy", *_shown(options))
@@ -53,8 +56,13 @@ def demo(options: argparse.Namespace) -> None:
     _finish(runs.start(DEMOS[options.task], values, out, *_shown(options)), options)
 
 
-DEMOS = {"few-shot": "puzzle-miniature", "knowledge": "miniature", "continual": "continual-miniature"}
-DEMO_SEEDS = {"few-shot": 3, "knowledge": 3, "continual": 1}
+DEMOS = {
+    "few-shot": "puzzle-miniature",
+    "knowledge": "miniature",
+    "continual": "continual-miniature",
+    "real": "real-model",
+}
+DEMO_SEEDS = {"few-shot": 3, "knowledge": 3, "continual": 1, "real": 1}
 DEMO_METHODS = ("merge", "replay", "distil", "gate", "null-space", "consolidate", "bank", "oracle", "joint")
 
 

@@ -7,10 +7,11 @@ machine that holds the same base, and once more after a failure.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -160,15 +161,25 @@ def _comparable(value: Any) -> Any:
 
 
 def mean_accuracy(trials: Sequence[Trial], aggregate: str = "mean") -> float | None:
-    """The mean over contexts of each context's accuracy; None if nothing could be graded.
+    """The mean over contexts of each context's accuracy (see `context_accuracies`); None if nothing could be graded."""
+    accuracies = context_accuracies(trials, aggregate)
+    return fmean(accuracies.values()) if accuracies else None
 
-    aggregate: a context's accuracy is the "mean" or the "max" over its candidates, each a mean over its repeats.
+
+def standard_error(trials: Sequence[Trial], aggregate: str = "mean") -> float | None:
+    """The standard error of `mean_accuracy` over contexts; None for fewer than two."""
+    accuracies = context_accuracies(trials, aggregate)
+    return stdev(accuracies.values()) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else None
+
+
+def context_accuracies(trials: Sequence[Trial], aggregate: str = "mean") -> dict[str, float]:
+    """The accuracy of each context of which anything could be graded.
+
+    aggregate: the "mean" or the "max" over a context's candidates, each a mean over its repeats.
     """
     by_context: dict[str, dict[int, list[float]]] = {}
     for trial in trials:
         if trial.accuracy is not None:
             by_context.setdefault(trial.context, {}).setdefault(trial.index, []).append(trial.accuracy)
-    if not by_context:
-        return None
     combine = max if aggregate == "max" else fmean
-    return fmean(combine([fmean(values) for values in indices.values()]) for indices in by_context.values())
+    return {context: combine([fmean(v) for v in indices.values()]) for context, indices in by_context.items()}

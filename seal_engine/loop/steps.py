@@ -18,7 +18,7 @@ from seal_engine.loop.domain import (
     SelfEditSource,
     UngradedError,
 )
-from seal_engine.loop.inner import InnerLoop, derive_seed, job_key, mean_accuracy
+from seal_engine.loop.inner import InnerLoop, derive_seed, job_key, mean_accuracy, standard_error
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import Phase, SelfEdit, Step, Trial
 from seal_engine.model.adapters import Adapter
@@ -139,6 +139,7 @@ class CheckpointedSteps:
             "seed": self.seed,
             "phase": str(phase),
             "accuracy": accuracy,
+            "standard_error": standard_error(trials, aggregate),
             "trials": len(trials),
             "contexts": len({trial.context for trial in trials if trial.accuracy is not None}),
             "rejected": rejected,

@@ -19,7 +19,7 @@ from seal_engine.report import plots
 from seal_engine.report.claim import certainty, claim, is_over
 from seal_engine.report.continual_page import continual_page
 from seal_engine.report.continual_plots import draw_continual
-from seal_engine.report.data import PARTS, RunData, deviation, mean
+from seal_engine.report.data import PARTS, RunData, mean
 from seal_engine.report.examples import SCRIPT, browser, examples
 from seal_engine.report.html import (
     NONE,
@@ -36,7 +36,7 @@ from seal_engine.report.html import (
 )
 from seal_engine.report.self_edits import KEPT, NOT_KEPT, REJECTED, RoundRewards, judged_rounds
 from seal_engine.report.settings import environment_section, settings_section
-from seal_engine.runs import TASKS, is_continual, rows
+from seal_engine.runs import TASKS, Row, is_continual, rows
 from seal_engine.svg import clean, standalone
 
 PAGE = "report.html"
@@ -67,7 +67,7 @@ def write_report(directory: Path) -> Path:
         if is_continual(ledger):
             return _write_continual(directory, ledger)
         data = RunData(ledger)
-        measured = [(row.name, row.accuracies) for row in rows(ledger)]
+        measured = rows(ledger)
     rounds = judged_rounds(data)
     pictures = _draw(data, rounds)
     for name, picture in pictures.items():
@@ -104,7 +104,7 @@ def _draw(data: RunData, rounds: Sequence[RoundRewards]) -> dict[str, str]:
 
 def _page(
     data: RunData,
-    measured: Sequence[tuple[str, Sequence[float]]],
+    measured: Sequence[Row],
     rounds: Sequence[RoundRewards],
     pictures: dict[str, str],
     puzzles: str | None,
@@ -153,26 +153,28 @@ def _headline(data: RunData) -> str:
     return (f'<p class="lead">{sure}</p>\n' if sure else "") + f'<p class="note">{" ".join(lines)}</p>'
 
 
-def _accuracy(data: RunData, measured: Sequence[tuple[str, Sequence[float]]]) -> str:
+def _accuracy(data: RunData, measured: Sequence[Row]) -> str:
     if not measured:
         return "<p>Nothing has been measured yet.</p>"
     seeds = data.num_seeds
     lines = [
         (
-            name,
-            percent(mean(own)),
-            percent(deviation(own)),
-            str(len(own)) if len(own) >= seeds else f"{len(own)} of {seeds}",
+            row.name,
+            *map(percent, (row.mean, row.deviation, row.standard_error)),
+            str(len(row.accuracies)) if len(row.accuracies) >= seeds else f"{len(row.accuracies)} of {seeds}",
         )
-        for name, own in measured
+        for row in measured
     ]
-    note = "Accuracy in percent, on held-out contexts: mean and standard deviation (sd) over seeds."
+    note = (
+        "Accuracy in percent, on held-out contexts: mean, standard deviation over seeds (sd), standard error over "
+        "contexts (se)."
+    )
     if "passage in the prompt" in data.accuracies:
         note += (
             " No adapter: the model as it is, which has not seen the passages. Passage in the prompt: the same, with "
             "the passage to read. Passage only: an adapter trained on the passage itself."
         )
-    return table(("method", "accuracy", "sd", "seeds"), lines, (1, 2, 3)) + f'<p class="note">{note}</p>\n'
+    return table(("method", "accuracy", "sd", "se", "seeds"), lines, (1, 2, 3, 4)) + f'<p class="note">{note}</p>\n'
 
 
 def _contexts(data: RunData) -> str:

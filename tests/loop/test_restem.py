@@ -17,7 +17,7 @@ import pytest
 from seal_engine.errors import RunError
 from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.domain import InvalidSelfEditError, SelfEditSource, UngradedError
-from seal_engine.loop.inner import mean_accuracy
+from seal_engine.loop.inner import mean_accuracy, standard_error
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import Trial
 from seal_engine.training.jobs import TrainJob, TrainResult
@@ -294,6 +294,19 @@ def test_a_best_attempt_counts_for_an_oracle(tmp_path):
     assert mean_accuracy(others) == 0.5
     assert mean_accuracy(others, aggregate="max") == 1.0
     assert mean_accuracy(others[2:]) is None
+
+
+def test_the_standard_error_is_over_contexts():
+    """Contexts of 1 (trials of 1 and 1) and 0.5 (1 and 0): sd 0.5 / sqrt(2), over the root of two contexts 0.25."""
+    trial = Trial(0, "p", "c", 0, 0, 0, 1, 1, None, None, ("a",), (1.0,), 0.0)
+    trials = [
+        trial,
+        replace(trial, index=1),
+        *(replace(trial, context="d", index=i, grades=(g,)) for i, g in ((0, 1.0), (1, 0.0))),
+    ]
+    assert standard_error(trials) == pytest.approx(0.25)
+    assert standard_error(trials, aggregate="max") == 0
+    assert standard_error(trials[:2]) is None
 
 
 def test_a_writer_that_could_not_write(tmp_path):

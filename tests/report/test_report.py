@@ -68,7 +68,8 @@ def test_the_page_says_what_the_ledger_holds(whole):
     cells = page.cells()
     with Ledger.read(directory) as ledger:
         for row in rows(ledger):
-            assert (row.name, f"{100 * row.mean:.1f}", f"{100 * row.deviation:.1f}", "3") in cells
+            numbers = [f"{100 * value:.1f}" for value in (row.mean, row.deviation, row.standard_error)]
+            assert (row.name, *numbers, "3") in cells
         found = {entry["phase"]: [] for entry in ledger.metrics() if "accuracy" in entry}
         for entry in ledger.metrics():
             if "trials" in entry:
@@ -213,7 +214,9 @@ def test_one_seed_and_no_rounds(tmp_path):
     page = Page(write_report(tmp_path / "run"))
     assert "The run is over" in page.text
     assert "<h1>Before any round, self-edits answer " in page.source
-    assert [line[2:] for line in page.cells() if line[0] == "self-edits, before any round"] == [("-", "1")]
+    ((_, _, sd, se, seeds),) = [line for line in page.cells() if line[0] == "self-edits, before any round"]
+    assert (sd, seeds) == ("-", "1")
+    assert float(se) > 0
 
 
 def test_hundreds_of_contexts_and_long_texts(tmp_path):

