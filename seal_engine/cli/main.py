@@ -67,7 +67,7 @@ RESUMED = ("demo", "run", "resume")  # verbs whose work is recorded as it is don
 VERBS = {  # name -> the module of seal_engine.cli that has the functions NAME and NAME_arguments, and a summary
     "demo": (
         "run",
-        "Watch a small model learn to write its own training data: minutes on a CPU, no download at run time.",
+        "Watch a small model learn to write its own training data: minutes on a CPU, no download.",
     ),
     "run": ("run", "Run the loop on a task: self-edits, adapters, questions, a better policy."),
     "resume": ("run", "Resume a run that was interrupted, or add rounds to one that is finished."),
