@@ -74,7 +74,10 @@ VERBS = {  # name -> the module of seal_engine.cli that has the functions NAME a
     "report": ("run", "Write a run's page and pictures, and print its table; or compare runs."),
     "train": ("engine", "Train an adapter on each file, all at once."),
     "generate": ("engine", "Continue prompts with the base or with adapters, all at once."),
-    "serve": ("serve", "Serve a model and its adapters: OpenAI's API, vLLM's adapter calls, SEAL's inner loop."),
+    "serve": (
+        "serve",
+        "Serve a model and its adapters: OpenAI's API, vLLM's adapter calls, Tinker's API, SEAL's inner loop.",
+    ),
     "select": ("run", "Keep the best self-edit of each passage, by SEAL's published rule."),
     "plan": (
         "plan",

@@ -41,7 +41,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Watch a small model learn to write its own training data: minutes on a CPU, no download at run time."""
+    """Watch a small model learn to write its own training data: minutes on a CPU, no download."""
     count = options.seeds or DEMO_SEEDS[options.task]
     require(count >= 1, "--seeds", options.seeds, "an integer >= 1")
     values: dict[str, Any] = {"seeds": tuple(range(count))}
