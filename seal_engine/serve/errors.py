@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from seal_engine.serve.requests import ClosedError, FailedError, QueueFullError
+from seal_engine.serve.requests import CancelledError, ClosedError, FailedError, QueueFullError
 from seal_engine.types import InputError
 
 FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*")
@@ -46,7 +46,7 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error))
     if isinstance(error, ClosedError):
         return ApiError(503, str(error))
-    if isinstance(error, FailedError):
+    if isinstance(error, FailedError | CancelledError):
         return ApiError(500, str(error))
     return ApiError(500, f"internal error: {type(error).__name__}")
 

@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
 
-from serving import idle
 from tinker.proto import tinker_public_pb2 as sdk
-from tinker_cases import BASE, SDK_CONNECTIONS, ids_of, tinker_server
+from tinker_cases import BASE, SDK_CONNECTIONS, becomes_idle, ids_of, tinker_server
 
 from seal_engine.serve.tinker import messages, models, promises
 
@@ -112,6 +111,19 @@ def test_creations_and_samples_are_repeated_without_a_second_one(wire):
     assert len(first["sample_sequence_ids"]) == 2
     assert wire.result(first) == wire.result(again)
     assert wire.post("/asample", **{**body, "seq_id": 1}).json() != first
+
+
+def test_a_sample_can_be_cancelled(wire, server):
+    """Its promise fails and its blocks are free, long before its 3,000 tokens are sampled."""
+    session = wire.post("/create_session").json()["session_id"]
+    body = dict(session_id=session, sampling_session_seq_id=0, base_model=BASE)
+    sampler = wire.post("/create_sampling_session", **body).json()["sampling_session_id"]
+    params = {"max_tokens": 3000, "seed": 1, "temperature": 1e4}
+    body = dict(sampling_session_id=sampler, prompt={"chunks": [{"tokens": [5, 6]}]}, sampling_params=params)
+    submitted = wire.post("/asample", **body, num_samples=4).json()
+    assert wire.post("/cancel_future", request_id=submitted["request_id"]).status_code == 200
+    assert wire.result(submitted)["error"] == "cancelled"
+    assert becomes_idle(server)
 
 
 def test_a_request_that_never_comes_does_not_hold_the_others_for_ever(wire, monkeypatch):
@@ -320,7 +332,7 @@ def test_wrong_requests_get_named_errors(server, wire):
     assert losses_in_order(wire, wire.model(), 2) == expected
     for session in list(server.service.tinker.sessions):
         assert wire.post(f"/sessions/{session}/finish").status_code == 200
-    assert idle(server)
+    assert becomes_idle(server)
 
 
 def test_messages_are_those_of_the_sdk():

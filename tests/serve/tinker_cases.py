@@ -1,10 +1,11 @@
 """A server for the Tinker SDK, its clients, and the data that its tests train on."""
 
 import itertools
+import time
 from contextlib import contextmanager
 
 import pytest
-from serving import running
+from serving import idle, running
 
 from seal_engine.tiny import MODEL
 
@@ -19,6 +20,14 @@ SDK_CONNECTIONS = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def tinker_server(engine, directory, *arguments):
     with running(engine, "--tinker-dir", directory, *arguments) as server:
         yield server
+
+
+def becomes_idle(server):
+    """Whether nothing runs, and no block is held, once the worker has heard of what was cancelled."""
+    deadline = time.monotonic() + 20
+    while not idle(server) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return idle(server)
 
 
 @contextmanager

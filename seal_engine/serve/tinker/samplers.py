@@ -35,6 +35,7 @@ class Snapshot:
         self.adapter: Adapter | None = adapter
         self.nbytes = adapter.nbytes
         self.directory: Path | None = None  # a copy on the disk
+        self.dropped = False  # no sampler has it any more
 
 
 class Snapshots:
@@ -69,6 +70,8 @@ class Snapshots:
                 directory = snapshot.directory
                 adapter = await asyncio.wrap_future(self.worker.call(lambda engine: engine.load_adapter(directory)))
                 snapshot.adapter = adapter
+            if snapshot.dropped:  # while it was read
+                return adapter
             self._resident[id(snapshot)] = snapshot
             self._resident.move_to_end(id(snapshot))
             while self.nbytes > self.max_bytes and len(self._resident) > 1:
@@ -83,12 +86,15 @@ class Snapshots:
             directory = Path(tempfile.mkdtemp(prefix="seal-engine-sampler-"))
             await asyncio.to_thread(adapter.save, directory)
             snapshot.directory = directory
+            if snapshot.dropped:  # while it was written
+                shutil.rmtree(directory, ignore_errors=True)
         self._by_adapter.pop(adapter.uid, None)
         snapshot.adapter = None
 
     def drop(self, snapshots: Sequence[Snapshot]) -> None:
         """Forget snapshots that no sampler has any more."""
         for snapshot in snapshots:
+            snapshot.dropped = True
             self._resident.pop(id(snapshot), None)
             if snapshot.adapter is not None:
                 self._by_adapter.pop(snapshot.adapter.uid, None)

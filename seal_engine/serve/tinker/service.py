@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_engine.serve.errors import ApiError
-from seal_engine.serve.requests import QueueFullError, SampleRequest
+from seal_engine.serve.requests import CancelledError, QueueFullError, SampleRequest
 from seal_engine.serve.tinker import schemas
 from seal_engine.serve.tinker.checkpoints import CheckpointPath, Checkpoints, Stored
 from seal_engine.serve.tinker.models import ModelConfig, TrainedModel
@@ -315,6 +315,7 @@ class TinkerService:
         last = body.prompt_logprobs_last_n
         require(last is None or last < len(tokens), "prompt_logprobs_last_n", last, f"at most {len(tokens) - 1}")
         params = sampling_params(body, max(1, max_total - len(tokens)))
+        require(params.n <= self.worker.max_queue, "num_samples", params.n, f"at most {self.worker.max_queue}")
         if self.worker.num_open("sampling") + params.n > self.worker.max_queue:
             raise QueueFullError("the queue is full")
         promise = self.promises.add(key, "asample")
@@ -327,6 +328,8 @@ class TinkerService:
         try:
             if sampler.snapshot is not None:
                 request.adapter = await self.snapshots.use(sampler.snapshot)
+            if promise.result.done():  # it was cancelled, or its session ended, before the worker had it
+                return
             self.worker.sample([request], bounded=False)
             promise.settle(await sample(request, body))
         except Exception as error:
@@ -336,6 +339,7 @@ class TinkerService:
 
     def cancel(self, request_id: str) -> None:
         """End a sampling request that is not done; of others, that have no result yet, nothing is undone."""
-        self.promises.get(request_id)
+        promise = self.promises.get(request_id)
         if request_id in self._running:
+            promise.settle(CancelledError("cancelled"))
             self.worker.cancel(self._running[request_id][1])
