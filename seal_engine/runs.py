@@ -31,7 +31,7 @@ from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.gguf import is_gguf
 from seal_engine.model.quantize import QUANTIZE
-from seal_engine.real.demo import REAL, make_real
+from seal_engine.real.demo import REAL, RealPassages
 from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
@@ -134,7 +134,7 @@ TASKS = {
         "knowledge with the shipped model, in a small world of invented people",
     ),
     "real-model": Task(
-        KnowledgeConfig, make_real, write_seal_files, REAL,
+        KnowledgeConfig, RealPassages, write_seal_files, REAL,
         "knowledge with a real language model of 135M parameters, on passages about real things",
     ),
     "puzzle-miniature": Task(
