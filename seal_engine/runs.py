@@ -317,7 +317,7 @@ def rows(ledger: Ledger) -> list[Row]:
             tuple(entry["accuracy"] for entry in entries),
             min(entry.get("contexts", 0) for entry in entries),
             *(sum(entry.get(name, 0) for entry in entries) for name in ("rejected", "failed", "ungraded")),
-            tuple(entry["standard_error"] for entry in entries if entry.get("standard_error") is not None),
+            errors=tuple(entry["standard_error"] for entry in entries if entry.get("standard_error") is not None),
         )
         for phase, entries in found.items()
     ]
@@ -337,9 +337,9 @@ def table(found: Sequence[Row]) -> str:
     and what was left out or failed."""
     lines, max_contexts = [("method", "accuracy", "sd", "se", "")], max((row.contexts for row in found), default=0)
     for row in found:
-        spreads = ("" if s is None else f"{100 * s:.1f}" for s in (row.deviation, row.standard_error))
+        sd, se = ("" if s is None else f"{100 * s:.1f}" for s in (row.deviation, row.standard_error))
         notes = [f"{row.contexts} of {max_contexts} contexts"] if row.contexts < max_contexts else []
         notes += [f"{getattr(row, n)} {n}" for n in ("rejected", "failed", "ungraded") if getattr(row, n)]
-        lines.append((row.name, f"{100 * row.mean:.1f}", *spreads, ", ".join(notes)))
+        lines.append((row.name, f"{100 * row.mean:.1f}", sd, se, ", ".join(notes)))
     width = max(len(name) for name, *_ in lines) + 2
     return "\n".join(f"{name:<{width}}{mean:>9}{sd:>7}{se:>7}  {notes}".rstrip() for name, mean, sd, se, notes in lines)
