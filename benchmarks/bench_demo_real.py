@@ -13,6 +13,7 @@ from seal_engine.cli.run import DEMOS
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import BASELINE, EVALUATION, Phase
 from seal_engine.loop.restem import SELF_EDITS
+from seal_engine.real.conclusion import conclusion
 from seal_engine.report.page import write_report
 
 SEEDS = (0,)
@@ -41,6 +42,7 @@ def describe(ledger: Ledger, cpu_seconds: float) -> list[dict[str, Any]]:
     lines.append(
         dict(
             method="the whole run", seconds=sum(seconds for *_, seconds in ledger.steps()), cpu_seconds=cpu_seconds,
+            conclusion=conclusion(ledger),
             adapters=sum(trial.num_steps > 0 for trial in every), tokens=sum(trial.num_tokens for trial in every),
         )
     )  # fmt: skip

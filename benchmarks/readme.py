@@ -100,7 +100,7 @@ def demo_real() -> str:
         f"rest, in {whole['cpu_seconds']:,.0f} s of CPU time, {whole['seconds']:,.0f} s by the clock."
     )
     heads = ("method", "accuracy (%)", "95%: ±", "steps", "tokens trained on")
-    return table(heads, lines) + prose(text) + source("bench_demo_real_cpu", machine)
+    return table(heads, lines) + prose(text) + prose(whole["conclusion"]) + source("bench_demo_real_cpu", machine)
 
 
 def quantization() -> str:

@@ -31,6 +31,7 @@ from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.gguf import is_gguf
 from seal_engine.model.quantize import QUANTIZE
+from seal_engine.real.conclusion import conclusion
 from seal_engine.real.demo import REAL, RealPassages
 from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
@@ -92,7 +93,7 @@ CONTINUAL = Loop(ContinualConfig, validate_continual, Continual)
 
 @dataclass(frozen=True)
 class Task:
-    """Something that can be run. defaults: in place of the configurations' own."""
+    """Something that can be run. defaults: in place of the configurations' own. conclude: says what a run shows."""
 
     config: type
     make: Callable[[Any, Engine], Any]
@@ -100,6 +101,7 @@ class Task:
     defaults: Mapping[str, Any]
     summary: str
     loop: Loop = RESTEM
+    conclude: Callable[[Ledger], str] | None = None
 
 
 def write_seal_files(domain: Knowledge, ledger: Ledger) -> None:
@@ -136,6 +138,7 @@ TASKS = {
     "real-model": Task(
         KnowledgeConfig, RealPassages, write_seal_files, REAL,
         "knowledge with a real language model of 135M parameters, on passages about real things",
+        conclude=conclusion,
     ),
     "puzzle-miniature": Task(
         FewShotConfig, make_puzzle_miniature, write_arc_files, PUZZLE_MINIATURE,
@@ -301,7 +304,9 @@ def summary(ledger: Ledger) -> tuple[str, list[dict[str, Any]]]:
         return continual_table(result), lines
     found = rows(ledger)
     lines = [{"method": r.name, "mean": r.mean, "sd": r.deviation, "se": r.standard_error, **asdict(r)} for r in found]
-    return table(found), lines
+    task = TASKS.get(str(ledger.config.get("task")))
+    words = task.conclude(ledger) if task is not None and task.conclude is not None else ""
+    return "\n".join(filter(None, [table(found), words])), lines
 
 
 def rows(ledger: Ledger) -> list[Row]:

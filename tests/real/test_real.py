@@ -48,11 +48,14 @@ def test_the_demo_on_two_passages(tmp_path):
     directory = runs.start("real-model", {**few, "model": str(smollm2())}, tmp_path / "run", lambda line: None, False)
     with Ledger.read(directory) as ledger:
         found = {row.name: row.mean for row in runs.rows(ledger)}
+        said = runs.summary(ledger)[0].splitlines()[-1]
         assert len(ledger.trials()) == 2 * len(found) + 2 + 2 * 2
     assert list(found) == [
         "no adapter", "passage in the prompt", "passage only", "passage only, 2 times", SENTENCES,
         "self-edits, before any round", "self-edits, after round 1",
     ]  # fmt: skip
+    change = 100 * (found["self-edits, after round 1"] - found["self-edits, before any round"])
+    assert f"Accuracy changed by {change:+.1f} points (95% interval over 2 passages" in said
     assert found[SENTENCES] >= found["no adapter"] + 0.2
 
 
