@@ -88,6 +88,48 @@ def demo_few_shot() -> str:
     return demo("bench_demo_few_shot_cpu", "few-shot", "self-edits, after round 3")
 
 
+def demo_real() -> str:
+    """The demo with a real language model."""
+    rows, machine = read("bench_demo_real_cpu")
+    lines = []
+    for row in rows[:-1]:
+        cells = [row["method"], percent(row["accuracy"]), percent(1.96 * row["se"])]
+        lines.append([*cells, f"{row['steps']:.0f}", f"{row['tokens']:,.0f}"])
+    whole = pick(rows, method="the whole run")
+    text = (
+        f"One seed, intervals over passages: {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, and the "
+        f"rest, in {whole['cpu_seconds']:,.0f} s of CPU time, {whole['seconds']:,.0f} s by the clock."
+    )
+    heads = ("method", "accuracy (%)", "95%: ±", "steps", "tokens trained on")
+    return table(heads, lines) + prose(text) + prose(whole["conclusion"]) + source("bench_demo_real_cpu", machine)
+
+
+def quantization() -> str:
+    """What quantised bases lose."""
+    rows, machine = read("bench_quantize_cpu")
+    lines = []
+    for row in (row for row in rows if "weight_error_percent" in row):
+        cells = [row["weight_error_percent"], row["logits_error_percent"], row["perplexity_percent"]]
+        shown = [f"{cell:.2f}" for cell in (*cells, row["largest_loss_difference_percent"])]
+        shown += [f"{row['greedy_tokens_alike_of_32']:.0f}", f"{row['mebibytes']:.0f}", f"{row['planned_to_held']:.3f}"]
+        lines.append([row["format"], *shown])
+    heads = ("format", "weights: error (%)", "logits: error (%)", "perplexity (%)", "losses from bfloat16's (%)",
+             "greedy tokens alike of 32", "MiB", "planned / held")  # fmt: skip
+    return table(heads, lines) + source("bench_quantize_cpu", machine)
+
+
+def quantization_speed() -> str:
+    """How fast they are."""
+    rows, _ = read("bench_quantize_cpu")
+    speeds = [row for row in rows if "tokens_per_s" in row]
+    lines = []
+    for name in dict.fromkeys(row["format"] for row in speeds):
+        own = {(row["what"], row.get("rows")): rate(row["tokens_per_s"]) for row in speeds if row["format"] == name}
+        lines.append([name, *(own.get(key, "") for key in (("decoding", 1), ("decoding", 8), ("training", None)))])
+    heads = ("tokens/s", "decoding, 1 row", "decoding, 8 rows", "training 8 adapters")
+    return table(heads, lines)
+
+
 def model() -> str:
     """Forward and backward beside Transformers."""
     rows, machine = read("bench_model_cpu")
@@ -462,6 +504,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "README.md": (demo_knowledge, forgetting_short, speed),
         "docs/benchmarks.md": (
             demo_few_shot,
+            demo_real,
             seal_round,
             h100_round,
             h100_kernels,
@@ -472,6 +515,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             scaling,
             sample,
         ),
+        "docs/quantization.md": (quantization, quantization_speed),
         "docs/serve.md": (serve,),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()

@@ -34,7 +34,8 @@ from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.gguf import is_gguf
 from seal_engine.model.quantize import QUANTIZE
 from seal_engine.progress import write_line
-from seal_engine.real.demo import REAL, make_real
+from seal_engine.real.conclusion import conclusion
+from seal_engine.real.demo import REAL, RealPassages
 from seal_engine.tiny.continual_demo import CONTINUAL_MINIATURE, make_continual_miniature
 from seal_engine.tiny.demo import MINIATURE, make_miniature
 from seal_engine.tiny.puzzle_demo import PUZZLE_MINIATURE, make_puzzle_miniature
@@ -97,7 +98,7 @@ CONTINUAL = Loop(ContinualConfig, validate_continual, Continual)
 @dataclass(frozen=True)
 class Task:
     """Something that can be run. defaults: in place of the configurations' own. begin, finish: what is written before
-    the loop and after it."""
+    the loop and after it. conclude: says what a run shows."""
 
     config: type
     make: Callable[[Any, Engine], Any]
@@ -106,6 +107,7 @@ class Task:
     summary: str
     loop: Loop = RESTEM
     begin: Callable[[Any, Ledger], None] = lambda domain, ledger: None
+    conclude: Callable[[Ledger], str] | None = None
 
 
 def write_passages(domain: Knowledge, ledger: Ledger) -> None:
@@ -147,8 +149,9 @@ TASKS = {
         "knowledge with the shipped model, in a small world of invented people", begin=write_passages,
     ),
     "real-model": Task(
-        KnowledgeConfig, make_real, write_seal_files, REAL,
+        KnowledgeConfig, RealPassages, write_seal_files, REAL,
         "knowledge with a real language model of 135M parameters, on passages about real things",
+        begin=write_passages, conclude=conclusion,
     ),
     "puzzle-miniature": Task(
         FewShotConfig, make_puzzle_miniature, write_arc_files, PUZZLE_MINIATURE,
@@ -338,7 +341,9 @@ def summary(ledger: Ledger) -> tuple[str, list[dict[str, Any]]]:
         return continual_table(result), lines
     found = rows(ledger)
     lines = [{"method": r.name, "mean": r.mean, "sd": r.deviation, "se": r.standard_error, **asdict(r)} for r in found]
-    return table(found), lines
+    task = TASKS.get(str(ledger.config.get("task")))
+    words = task.conclude(ledger) if task is not None and task.conclude is not None else ""
+    return "\n".join(filter(None, [table(found), words])), lines
 
 
 def rows(ledger: Ledger) -> list[Row]:

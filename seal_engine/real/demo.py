@@ -13,18 +13,25 @@ from seal_engine.domains.knowledge.task import Knowledge, KnowledgeConfig
 from seal_engine.engine import Engine
 from seal_engine.loop.domain import SelfEditSource
 from seal_engine.sampling.requests import SamplingParams
+from seal_engine.training.jobs import TrainJob
 from seal_engine.types import InputError
 
 HERE = Path(__file__).parent
-SENTENCES = "the passage's sentences"
+SENTENCES = "passage and its sentences"
 SENTENCE_END = re.compile(r"(?<=\w\w[.]) (?=[A-Z])")  # not after an initial
 REAL = {
     "dtype": "bfloat16",
-    "contexts": 16,
+    "contexts": 12,
     "self_edits": 3,
     "rounds": 1,
     "repeats": 1,
-    "max_tokens": 160,
+    "temperature": 0.7,
+    "max_tokens": 128,
+    "policy_rank": 16,
+    "policy_alpha": 32.0,
+    "policy_learning_rate": 5e-4,
+    "policy_epochs": 3,
+    "policy_batch_size": 2,
     "policy_update": "adapter",  # merged, it would also change what the inner loop starts from
     "data": str(HERE / "passages.json"),
     "held_out_contexts": 16,
@@ -35,10 +42,10 @@ REAL = {
     "rank": 16,
     "alpha": 32.0,
     "targets": ("all-linear",),
-    "learning_rate": 1e-3,
-    "epochs": 5,
-    "passage_copies": 6,
-    "answer_tokens": 24,
+    "learning_rate": 2e-3,
+    "epochs": 3,
+    "passage_copies": 5,  # about the steps of a self-edit
+    "answer_tokens": 16,
 }
 
 
@@ -50,12 +57,19 @@ def smollm2() -> str:
     return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
-def make_real(config: KnowledgeConfig, engine: Engine) -> Knowledge:
-    """The knowledge task, with another baseline: each sentence of the passage is a training sequence, too."""
-    domain = Knowledge(config, engine)
+class RealPassages(Knowledge):
+    """The knowledge task, where each sentence of a self-edit is a training sequence.
 
-    def write(contexts: Sequence[str], _: SamplingParams) -> list[list[str]]:
-        return [["\n".join(SENTENCE_END.split(domain.passages[context].context))] for context in contexts]
+    One more baseline: the passage as its own self-edit, so that its sentences are trained on beside the whole.
+    """
 
-    domain.add_source(SENTENCES, SelfEditSource(write))
-    return domain
+    def __init__(self, config: KnowledgeConfig, engine: Engine):
+        super().__init__(config, engine)
+        self.add_source(SENTENCES, SelfEditSource(self._passage_texts))
+
+    def job(self, context: str, self_edit: str) -> TrainJob:
+        """The inner loop on the sentences of a self-edit and the passage. Raises InvalidSelfEditError."""
+        return super().job(context, "\n".join(SENTENCE_END.split(self_edit)))
+
+    def _passage_texts(self, contexts: Sequence[str], _: SamplingParams) -> list[list[str]]:
+        return [[self.passages[context].context] for context in contexts]
