@@ -115,19 +115,7 @@ def quantization() -> str:
         lines.append([row["format"], *shown])
     heads = ("format", "weights: error (%)", "logits: error (%)", "perplexity (%)", "losses from bfloat16's (%)",
              "greedy tokens alike of 32", "MiB", "planned / held")  # fmt: skip
-    return table(heads, lines) + source("bench_quantize_cpu", machine)
-
-
-def quantization_speed() -> str:
-    """How fast they are."""
-    rows, _ = read("bench_quantize_cpu")
-    speeds = [row for row in rows if "tokens_per_s" in row]
-    lines = []
-    for name in dict.fromkeys(row["format"] for row in speeds):
-        own = {(row["what"], row.get("rows")): rate(row["tokens_per_s"]) for row in speeds if row["format"] == name}
-        lines.append([name, *(own.get(key, "") for key in (("decoding", 1), ("decoding", 8), ("training", None)))])
-    heads = ("tokens/s", "decoding, 1 row", "decoding, 8 rows", "training 8 adapters")
-    return table(heads, lines)
+    return table(heads, lines) + source("bench_quantize_cpu", machine, " -k errors")
 
 
 def model() -> str:
@@ -515,7 +503,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             scaling,
             sample,
         ),
-        "docs/quantization.md": (quantization, quantization_speed),
+        "docs/quantization.md": (quantization,),
         "docs/serve.md": (serve,),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()
