@@ -5,6 +5,7 @@ import random
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 
 import httpx
 import pytest
@@ -186,7 +187,7 @@ def test_cut_connections(wire, server):
 @pytest.mark.parametrize("end", ["finished", "silent"])
 def test_a_session_that_ends_is_gone(end, engine, tmp_path):
     """410 for all that was its; waiting results are errors; a checkpoint stays."""
-    with tinker_server(engine, tmp_path, "--tinker-session-seconds", 1.5) as server:
+    with tinker_server(engine, tmp_path, "--tinker-session-seconds", 3 if end == "silent" else 600) as server:
         wire = Wire(server)
         model_id = wire.model()
         session = model_id.partition(":")[0]
@@ -195,6 +196,7 @@ def test_a_session_that_ends_is_gone(end, engine, tmp_path):
         with ThreadPoolExecutor(1) as pool:
             result = pool.submit(wire.result, waiting)
             if end == "finished":
+                sleep(2)  # until its request is there
                 assert wire.post(f"/sessions/{session}/finish", reason={"type": "success"}).status_code == 200
             assert "the session has ended" in result.result(30)["error"]
         assert wire.post("/session_heartbeat", session_id=session).status_code == 410
