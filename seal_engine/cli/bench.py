@@ -25,6 +25,7 @@ TESTS = {
     "decode": ["sampler", "packed"],
     "demo": ["tiny"],
     "demo_few_shot": ["tiny_puzzles"],
+    "demo_real": ["real"],
     "sample": ["sampler", "scheduler", "text"],
     "scaling": ["train"],
     "seal_round": ["train", "sampler", "bench"],
