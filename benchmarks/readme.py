@@ -223,13 +223,14 @@ def seal_round() -> str:
 def h100_round() -> str:
     """Ten passages of the published round on a GPU, by part, beside what had been forecast for them."""
     rows, machine = read("bench_seal_round_cuda")
+    forecast = json.loads((RESULTS / "forecast_ten_passages_h100.json").read_text())["seconds"]
     lines = []
     for part in ("sampling", "training", "asking", "updating", "round"):
         of_part = {row["who"]: row for row in rows if row["part"] == part}
         ours, floor = of_part["seal_engine"], of_part["floor"]
         faster = [of_part.get(who) for who in ("peft, one at a time", "peft, padded to 2048")]
         cells = [
-            part, f"{ours['seconds']:.3g} s", f"{FORECAST[part]:.3g} s", f"{floor['seconds']:.3g} s",
+            part, f"{ours['seconds']:.3g} s", f"{forecast[part]:.3g} s", f"{floor['seconds']:.3g} s",
             f"{ours['percent_of_floor']:.0f}%" + (f" ({floor['limit']})" if "limit" in floor else ""),
             *("" if row is None else f"{row['seal_engine_times_faster']:.1f}" for row in faster),
         ]  # fmt: skip
@@ -241,10 +242,6 @@ def h100_round() -> str:
         f"{whole['matrix_tflops']:.0f} TFLOP/s and {whole['copy_gb_per_s']:,.0f} GB/s were measured in the same run."
     )
     return table(heads, lines) + prose(rates) + source("bench_seal_round_cuda", machine, " --passages 10")
-
-
-# What the forecast that was committed on 2026-11-25 said of the ten passages that were run.
-FORECAST = {"sampling": 8.03, "training": 32.97, "asking": 2.04, "updating": 0.63, "round": 43.67}
 
 
 def h100_kernels() -> str:

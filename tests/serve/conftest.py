@@ -1,6 +1,8 @@
 """One engine for all servers of a module, and adapters that change what it says."""
 
+import asyncio
 import gc
+import sys
 import warnings
 
 import pytest
@@ -28,8 +30,16 @@ def one_thread():
 
 @pytest.fixture(scope="module", autouse=True)
 def collect():
-    """What the Tinker SDK leaves open is collected here, where that is no error, and not in another module's test."""
+    """What the Tinker SDK leaves open ends here, where that is no error, and not in another module's test.
+
+    Its one background thread would go on trying to reach servers that are gone, with random delays: hypothesis takes
+    numbers that are drawn meanwhile for its strategies' own.
+    """
     yield
+    sdk = sys.modules.get("tinker.lib.internal_client_holder")
+    loop = sdk and sdk._internal_client_holder_thread_singleton.loop_if_started()
+    if loop:
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
