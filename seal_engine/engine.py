@@ -30,6 +30,7 @@ from seal_engine.model.tokenizer import Tokenizer
 from seal_engine.model.transformer import Model
 from seal_engine.plan import RECOMPUTE, Plan, make_plan, training_memory
 from seal_engine.progress import reporting
+from seal_engine.sampling.decode_cache import DecodeCache
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams, read_sampling_defaults
 from seal_engine.sampling.sampler import Sampler
@@ -314,12 +315,13 @@ class Engine:
         max_num_seqs: completions that are worked on at once.
         """
         require(is_integer(max_num_seqs) and max_num_seqs >= 1, "max_num_seqs", max_num_seqs, "an integer >= 1")
-        model, dtype = self.model, self.model.compute_dtype
+        model, dtype = self.model, self.model.kv_dtype
         if num_blocks is None:
             num_blocks = max(1, free_memory(model.device) // 2 // KVCache.block_bytes(self.config, dtype))
+        cache = KVCache(self.config, num_blocks, dtype, model.device)
         return Sampler(
             model,
-            KVCache(self.config, num_blocks, dtype, model.device),
+            cache,
             partial(self.tokenizer.decode, skip_special_tokens=True, skip_unknown=True) if self.has_tokenizer else None,
             self.stop_token_ids,
             self._default_token_budget(),
@@ -327,6 +329,7 @@ class Engine:
             max_num_seqs,
             stream,
             self.tokenizer.special_tokens if self.has_tokenizer else None,
+            DecodeCache.make(model, cache),
         )
 
     def generate(
@@ -385,7 +388,7 @@ class Engine:
             for ids, own in zip(token_ids, wanted, strict=True):
                 tokens = min(longest, len(ids) + (own.max_tokens or longest)) if isinstance(ids, list) else 0
                 needs += [ceil_div(tokens, 16)] * min(own.n, max_num_seqs)
-            room = free_memory(self.model.device) // 2 // KVCache.block_bytes(self.config, self.model.compute_dtype)
+            room = free_memory(self.model.device) // 2 // KVCache.block_bytes(self.config, self.model.kv_dtype)
             options = {**options, "num_blocks": max(1, min(sum(sorted(needs)[-max_num_seqs:]), room))}
         sampler = self.sampler(**options)
         submitted = []

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from seal_engine.errors import InputError
+from seal_kernels.contiguous_attention import DecodeRows
 from seal_kernels.transfer import to_device
 
 
@@ -74,6 +75,7 @@ class PagedBatch:
     max_context: int  # most tokens
     keys: Tensor  # [L, blocks, block size, K, E]
     values: Tensor
+    decoding: Sequence[DecodeRows] = ()  # sequences whose K/V lie elsewhere; their contexts are 0 here, slots below 0
     shared: dict[Any, Any] = field(default_factory=dict)  # what paged_attention works out once for all layers
 
 
@@ -135,18 +137,23 @@ class PagedArrays(NamedTuple):
             np.pad(self.slot_mapping, (0, added), constant_values=-1),
         )
 
-    def batch(self, keys: Tensor, values: Tensor) -> PagedBatch:
+    def batch(self, keys: Tensor, values: Tensor, decoding: Sequence[DecodeRows] = ()) -> PagedBatch:
         """The batch on the device of a cache's keys and values, [L, blocks, block size, K, E]."""
         max_query, max_context = int(np.diff(self.cu_seqlens).max()), int(self.context_lens.max())
-        return paged_batch(to_device(keys.device, *self), max_query, max_context, keys, values)
+        return paged_batch(to_device(keys.device, *self), max_query, max_context, keys, values, decoding)
 
 
 def paged_batch(
-    tensors: Sequence[Tensor], max_query: int, max_context: int, keys: Tensor, values: Tensor
+    tensors: Sequence[Tensor],
+    max_query: int,
+    max_context: int,
+    keys: Tensor,
+    values: Tensor,
+    decoding: Sequence[DecodeRows] = (),
 ) -> PagedBatch:
     """A batch of the tensors that PagedArrays lists, in its order."""
     token_ids, positions, cu_seqlens, context_lens, block_tables, slot_mapping = tensors
-    sizes = max_query, max_context, keys, values
+    sizes = max_query, max_context, keys, values, decoding
     return PagedBatch(token_ids, positions, cu_seqlens, context_lens, block_tables, slot_mapping, *sizes)
 
 

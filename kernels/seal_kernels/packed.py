@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MIN_ELEMENTS = 1 << 18  # a smaller matrix stays in a core's cache, and calls cost more than products
-MAX_ROWS = 64
+MAX_ROWS = {torch.bfloat16: 512, torch.float32: 64}
 _ATTRIBUTE = "_packed_copy"  # of a matrix that may be packed: (its version, the copy), or None before the first use
 
 
@@ -53,10 +53,10 @@ def prefers_packed(x: Tensor, weight: Tensor) -> bool:
     if not hasattr(weight, _ATTRIBUTE):
         return False
     if weight.dtype == torch.bfloat16:
-        return 0 < len(x) <= MAX_ROWS
+        return 0 < len(x) <= MAX_ROWS[weight.dtype]
     if x.dtype != torch.float32:
         return False
-    return len(x) > 0 if _multiplies_float32_faster() else 2 < len(x) <= MAX_ROWS
+    return len(x) > 0 if _multiplies_float32_faster() else 2 < len(x) <= MAX_ROWS[weight.dtype]
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

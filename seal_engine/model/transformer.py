@@ -20,6 +20,7 @@ from seal_engine.model.config import ModelConfig
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
+from seal_kernels.contiguous_attention import contiguous_attention
 from seal_kernels.cross_entropy import soft_target_logprobs, token_logprobs
 from seal_kernels.linear import INVARIANT_ROWS, FrozenWeight, frozen_linear, multiplies_bfloat16
 from seal_kernels.lora import lora_linear
@@ -57,7 +58,8 @@ class Model:
     """Parameters in `dtype` on `device`, and the forward pass.
 
     Activations are in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (see seal_kernels.linear),
-    those between the two products of an MLP in `mlp_dtype`: on a CPU, too, bfloat16 if its products round to that.
+    those between the two products of an MLP in `mlp_dtype`, and cached K/V in `kv_dtype`: on a CPU, too, bfloat16 if
+    its products round to that.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Model:
         self.device = device
         self.compute_dtype = torch.float32 if device.type == "cpu" else dtype
         rounds = dtype == torch.bfloat16 and multiplies_bfloat16()
-        self.mlp_dtype = dtype if rounds else self.compute_dtype
+        self.mlp_dtype = self.kv_dtype = dtype if rounds else self.compute_dtype
         self.embed = empty(c.vocab_size, D)  # [V, D]
         self.layers = [
             Layer(
@@ -257,12 +259,22 @@ class Model:
             lengths = batch.cu_seqlens, batch.max_seqlen
             out = attention(q, k, v, *lengths, window=window, batch_invariant=batch_invariant)  # [T, H, E]
         else:
-            keys, values = batch.keys[i], batch.values[i]
-            write_kv(k, v, keys, values, batch.slot_mapping)
-            places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
-            options = {"batch_invariant": batch_invariant, "shared": batch.shared}
-            out = paged_attention(q, keys, values, *places, window=window, **options)
+            out = self._paged_attention(i, q, k, v, batch)
         return self._project(out.view(T, -1), layer.o, layer.o_bias, lora, i, ProjectionGroup.O)
+
+    def _paged_attention(self, i: int, q: Tensor, k: Tensor, v: Tensor, batch: PagedBatch) -> Tensor:
+        """[T, H, E]; the K/V of all tokens are written on the way."""
+        decoded = [(rows.tokens, contiguous_attention(q, k, v, i, rows)) for rows in batch.decoding]
+        if decoded and decoded[0][0] is None:  # these are all rows
+            return decoded[0][1]
+        keys, values = batch.keys[i], batch.values[i]
+        write_kv(k, v, keys, values, batch.slot_mapping)
+        places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
+        options = {"batch_invariant": self.batch_invariant, "shared": batch.shared}
+        out = paged_attention(q, keys, values, *places, window=self.layers[i].window, **options)
+        for tokens, part in decoded:
+            out.index_copy_(0, tokens, part)
+        return out
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor, recompute: bool) -> Tensor:
         activate, down = partial(self._activate, i, lora), partial(self._down, i, lora, dtype=x.dtype)

@@ -245,6 +245,11 @@ class KVCache:
         old, new = to_device(self._memory.device, *np.array(pairs).T)
         self._memory.index_copy_(2, new, self._memory.index_select(2, old))
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the cache."""
+        return self._memory.nbytes
+
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype, block_size: int = 16) -> int:
         """Return the memory of one block: its keys and values in all layers."""

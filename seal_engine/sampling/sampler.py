@@ -19,6 +19,7 @@ from seal_engine.model.adapters import Adapter
 from seal_engine.model.devices import on_device
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
+from seal_engine.sampling.decode_cache import DecodeCache
 from seal_engine.sampling.decode_graph import DecodeGraphs, padded_sequences
 from seal_engine.sampling.detokenizer import Decode, Detokenizer
 from seal_engine.sampling.kv_cache import KVCache
@@ -26,6 +27,7 @@ from seal_engine.sampling.penalties import keep_min_p, penalize
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
 from seal_engine.sampling.scheduler import Chunk, Request, Scheduler, Sequence
 from seal_engine.types import InputError, PagedArrays, is_integer
+from seal_kernels.contiguous_attention import DecodeRows
 from seal_kernels.cross_entropy import logprobs_of
 from seal_kernels.sampling import LIMIT, sample_tokens
 from seal_kernels.transfer import HostCopy, to_device
@@ -56,10 +58,11 @@ class Sampler:
         max_num_seqs: int = 256,
         stream: bool = False,
         special_tokens: abc.Mapping[str, int] | None = None,
+        decode_cache: DecodeCache | None = None,
     ):
         """decode: token ids to text, without special tokens; None: completions have no text. stop_token_ids: the
         model's own. token_budget: tokens per step. seeds: for requests without one. max_num_seqs: sequences that run at
-        once. stream: deltas carry text. special_tokens: their ids, by their text.
+        once. stream: deltas carry text. special_tokens: their ids, by their text. decode_cache: on a CPU.
         """
         self.model = model
         self.cache = cache
@@ -69,6 +72,7 @@ class Sampler:
         self.seeds = seeds
         self.stream = stream
         self.special_tokens = special_tokens or {}
+        self.decode_cache = decode_cache
         self.scheduler = Scheduler(model, cache.pool, max_num_seqs)
         self.tokens_done = 0  # sampled
         self.tokens_computed = 0
@@ -195,6 +199,8 @@ class Sampler:
                 if sequence.completion.finish_reason != "cancelled":
                     sequence.truncate(num_output_tokens)
             self.scheduler.reset(self._requests.values())
+            if self.decode_cache is not None:
+                self.decode_cache.clear()
             self.num_done = sum(not request.unfinished for request in self._requests.values())
             raise
 
@@ -224,13 +230,16 @@ class Sampler:
         """Compute what was scheduled, and sample the next token of each sequence that is computed to its end."""
         self.cache.copy([chunk.block_copy for chunk in chunks if chunk.block_copy is not None])
         chunks.sort(key=lambda chunk: getattr(chunk.sequence.request.adapter, "uid", 0))
-        arrays, keys, values = self._arrays(chunks), self.cache.keys, self.cache.values
+        decoding = [] if self.decode_cache is None else self.decode_cache.take(chunks)
+        arrays, keys, values = self._arrays(chunks, decoding), self.cache.keys, self.cache.values
         decodes = self.graphs is not None and all(chunk.num_tokens == 1 for chunk in chunks)
         lora, tokens = self._lora_batch(chunks, decodes)
         if self.graphs is not None and decodes:
             hidden = self.graphs.hidden_states(arrays, keys, values, lora, tokens)  # [T, D]
         else:
-            hidden = self.model.hidden_states(arrays.batch(keys, values), lora)
+            hidden = self.model.hidden_states(arrays.batch(keys, values, decoding), lora)
+        if self.decode_cache is not None:
+            self.decode_cache.flush()
         self.tokens_computed += len(hidden)
         ready: list[Sequence] = []  # those whose next token can be sampled
         rows: list[int] = []  # their last tokens' rows of `hidden`
@@ -244,7 +253,7 @@ class Sampler:
             rows += [end - 1] * len(newly_ready)
         return self._sample(hidden, rows, ready) if ready else []
 
-    def _arrays(self, chunks: list[Chunk]) -> PagedArrays:
+    def _arrays(self, chunks: list[Chunk], decoding: list[DecodeRows]) -> PagedArrays:
         block_size = self.cache.pool.block_size
         counts = np.array([chunk.num_tokens for chunk in chunks])
         starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks])
@@ -258,6 +267,9 @@ class Sampler:
         positions = np.arange(bounds[-1]) - bounds[owner] + starts[owner]
         slot_mapping = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
         context_lens = (starts + counts).astype(np.int32)
+        for rows in decoding:  # they are not in the paged cache
+            tokens = slice(None) if rows.tokens is None else rows.tokens.numpy()
+            slot_mapping[tokens], context_lens[owner[tokens]] = -1, 0
         return PagedArrays(np.array(token_ids), positions, bounds.astype(np.int32), context_lens, tables, slot_mapping)
 
     def _lora_batch(self, chunks: list[Chunk], decodes: bool) -> tuple[LoraBatch | None, list[int]]:

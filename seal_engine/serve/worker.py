@@ -52,7 +52,7 @@ log = logging.getLogger("seal_engine")
 def _cpu_blocks(engine: Engine) -> int:
     """Blocks of the K/V cache on a CPU, whose free memory is everybody's."""
     wanted = max(CPU_BLOCKS, 4 * engine.config.max_position_embeddings // 16)
-    size = KVCache.block_bytes(engine.config, engine.model.compute_dtype)
+    size = KVCache.block_bytes(engine.config, engine.model.kv_dtype)
     return max(1, min(wanted, free_memory(engine.model.device) // 2 // size))
 
 
