@@ -171,7 +171,7 @@ def costs(engine: Engine, passages: Sequence[Passage]) -> dict[str, tuple[float,
     head = config.vocab_size * config.hidden_size
     body = config.num_matrix_parameters - head
     weights = element * (body + head)
-    kv = 2 * config.num_hidden_layers * config.key_value_size * engine.model.kv_dtype.itemsize  # bytes a token
+    kv = 2 * config.num_hidden_layers * config.key_value_size * engine.model.product_dtype.itemsize  # bytes a token
     inner, policy = (adapter_layout(config, lora).num_parameters for lora in (INNER, POLICY))
 
     lengths = [n for p in passages for n in p.completions]

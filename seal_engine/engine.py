@@ -42,6 +42,7 @@ from seal_kernels.dispatch import ceil_div
 
 TOKEN_BUDGET = 8192  # tokens in one forward pass: enough to fill a GPU, few enough for any activation memory
 CPU_TOKEN_BUDGET = 2048  # in training: a CPU's matrix products are no faster with more, and activations stay small
+CPU_SAMPLER_TOKENS = 512  # in a sampler's step: as many as products with packed matrices take, and all stays in caches
 MAX_NUM_SEQS = 256  # completions sampled at once
 
 
@@ -83,7 +84,7 @@ class Engine:
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or a torch.device.
         dtype: "auto" (as the checkpoint says), "float32", "float16", "bfloat16" or a torch.dtype: of the parameters. A
         GGUF file's quantised tensors become float32 where it is "auto".
-        On a CPU, activations are float32 whatever the parameters are, but for `Model.mlp_dtype`.
+        On a CPU, sums are float32 whatever the parameters are; see `Model.product_dtype`.
         quantize: "int8" (a scale per output) or "nf4" (blocks of 64): of the linears, while they are loaded; the base
         can then be trained on and sampled from, not merged into or saved. FP8 and bitsandbytes' NF4 stay as stored.
         deterministic: an adapter trained alone and among any others comes out the same bit for bit (on a CPU), not
@@ -206,12 +207,12 @@ class Engine:
     def forward_backward(self, data: Sequence[Datum]) -> list[DatumResult]:
         """Add each datum's gradient to its adapter's; see `training.verbs.forward_backward`."""
         with on_device(self.model.device):
-            return forward_backward(self.model, data, self._default_token_budget())
+            return forward_backward(self.model, data, self.token_budget)
 
     def forward(self, data: Sequence[Datum]) -> list[DatumResult]:
         """The losses and log-probabilities of `forward_backward`, and no gradient."""
         with on_device(self.model.device):
-            return forward(self.model, data, self._default_token_budget())
+            return forward(self.model, data, self.token_budget)
 
     def optim_step(self, steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
         """One AdamW step of each adapter, all at once; returns gradient norms. See `training.verbs.optim_step`."""
@@ -234,7 +235,7 @@ class Engine:
         trained; none: of any.
         """
         require(recompute in ("auto", *RECOMPUTE), "recompute", recompute, f"one of {['auto', *RECOMPUTE]}")
-        budget = self._default_token_budget() if token_budget is None else token_budget
+        budget = self.token_budget if token_budget is None else token_budget
         require(is_integer(budget) and budget >= 1, "token_budget", token_budget, "an integer >= 1")
         free = free_memory(self.model.device) if memory_bytes is None else memory_bytes
         element_size = self.model.compute_dtype.itemsize
@@ -315,7 +316,7 @@ class Engine:
         max_num_seqs: completions that are worked on at once.
         """
         require(is_integer(max_num_seqs) and max_num_seqs >= 1, "max_num_seqs", max_num_seqs, "an integer >= 1")
-        model, dtype = self.model, self.model.kv_dtype
+        model, dtype = self.model, self.model.product_dtype
         if num_blocks is None:
             num_blocks = max(1, free_memory(model.device) // 2 // KVCache.block_bytes(self.config, dtype))
         cache = KVCache(self.config, num_blocks, dtype, model.device)
@@ -324,7 +325,7 @@ class Engine:
             cache,
             partial(self.tokenizer.decode, skip_special_tokens=True, skip_unknown=True) if self.has_tokenizer else None,
             self.stop_token_ids,
-            self._default_token_budget(),
+            CPU_SAMPLER_TOKENS if model.device.type == "cpu" else TOKEN_BUDGET,
             self._seeds,
             max_num_seqs,
             stream,
@@ -388,7 +389,7 @@ class Engine:
             for ids, own in zip(token_ids, wanted, strict=True):
                 tokens = min(longest, len(ids) + (own.max_tokens or longest)) if isinstance(ids, list) else 0
                 needs += [ceil_div(tokens, 16)] * min(own.n, max_num_seqs)
-            room = free_memory(self.model.device) // 2 // KVCache.block_bytes(self.config, self.model.kv_dtype)
+            room = free_memory(self.model.device) // 2 // KVCache.block_bytes(self.config, self.model.product_dtype)
             options = {**options, "num_blocks": max(1, min(sum(sorted(needs)[-max_num_seqs:]), room))}
         sampler = self.sampler(**options)
         submitted = []
@@ -412,7 +413,9 @@ class Engine:
         companions = None if self.pretrained is None else self.pretrained.write_companions
         save_model(self.model, parse_path(directory), companions)
 
-    def _default_token_budget(self) -> int:
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one training pass."""
         return CPU_TOKEN_BUDGET if self.model.device.type == "cpu" else TOKEN_BUDGET
 
     def _batches(

@@ -53,10 +53,13 @@ class LaunchConfig(NamedTuple):
 
 def use_triton(*tensors: Tensor | None) -> bool:
     """True if these tensors' kernels run in Triton. Raises ValueError if they are on different devices."""
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"tensors are on different devices: {sorted(map(str, devices))}")
-    return INTERPRET or next(iter(devices)).type == "cuda"
+    device: torch.device | None = None
+    for tensor in tensors:
+        if tensor is not None and device is None:
+            device = tensor.device
+        elif tensor is not None and tensor.device != device:
+            raise ValueError(f"tensors are on different devices: {sorted([str(device), str(tensor.device)])}")
+    return INTERPRET or (device is not None and device.type == "cuda")
 
 
 class _Unrecorded:

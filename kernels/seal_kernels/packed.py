@@ -60,11 +60,17 @@ def prefers_packed(x: Tensor, weight: Tensor) -> bool:
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [n, I] W^T + b in W's dtype, by the packed copy, which is made again where the matrix has been changed."""
+    """x [n, I] W^T + b in W's dtype, by the packed copy, which is made again where the matrix has been changed.
+
+    One row of bfloat16 takes the plain matrix: that product reads it at the memory's speed.
+    """
+    x = x.to(weight.dtype)
+    if len(x) == 1 and weight.dtype == torch.bfloat16:
+        y = torch.mv(weight, x[0])[None]
+        return y if bias is None else y.add_(bias)
     copy = getattr(weight, _ATTRIBUTE)
     if copy is None or copy[0] != weight._version:
         copy = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
         setattr(weight, _ATTRIBUTE, copy)
-    x = x.to(weight.dtype)
     x = x if x.is_contiguous() else x.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, copy[1], bias, "none", [], "")

@@ -96,12 +96,14 @@ class RMSNorm(torch.autograd.Function):
     """Saves h and one float32 per row; returns (y, h). Without a residual h is x itself, returned untouched."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         D, rows = x.shape[-1], x.numel() // x.shape[-1]
         config = launch_config(D)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        h = x if residual is None else torch.empty_like(y)
         if use_triton(x, weight, residual):
+            y = torch.empty(x.shape, dtype=dtype, device=x.device)
+            h = x if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
             rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
             if rows:
                 inner, stride_outer, stride_inner = _row_strides(x)
@@ -110,20 +112,20 @@ class RMSNorm(torch.autograd.Function):
                     HAS_RESIDUAL=residual is not None, **config.options(),
                 )
         else:
-            if residual is not None:
-                torch.add(x, residual, out=h)
+            h = x if residual is None else torch.add(residual, x)
             wide = h.to(torch.promote_types(h.dtype, torch.float32))
             # The norm of a row takes one pass and no temporary, where square().mean() takes both.
             rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
-            y.copy_(torch.mul(wide, rstd).mul_(weight))
+            y = torch.mul(wide, rstd).mul_(weight).to(dtype)
         ctx.save_for_backward(h, weight, rstd)
+        ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
         return y, h
 
     @staticmethod
     def backward(ctx, dy: Tensor | None, dh: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         if dy is None:  # only h is used
-            return dh, None, None, dh if ctx.needs_input_grad[3] else None
+            return None if dh is None else dh.to(ctx.dtype), None, None, dh if ctx.needs_input_grad[3] else None, None
         h, weight, rstd = ctx.saved_tensors
         D, rows = h.shape[-1], h.numel() // h.shape[-1]
         config = launch_config(D)
@@ -142,15 +144,7 @@ class RMSNorm(torch.autograd.Function):
             mean = torch.linalg.vecdot(g, h.to(wide)).unsqueeze_(-1).div_(D)
             g.mul_(rstd).addcmul_(h.to(wide), rstd.pow(3).mul_(mean), value=-1)
             dx = (g if dh is None else g.add_(dh)).to(h.dtype)
-        return dx, None, None, dx if ctx.needs_input_grad[3] else None
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(y, h) of RMSNorm; on the CPU, where no gradient is wanted, by one call that keeps nothing."""
-    if torch.is_grad_enabled() or use_triton(x, weight, residual):
-        return apply(RMSNorm, x, weight, eps, residual)
-    h = x if residual is None else torch.add(x, residual)
-    return torch.rms_norm(h, weight.shape, weight.to(h.dtype), eps), h
+        return dx.to(ctx.dtype), None, None, dx if ctx.needs_input_grad[3] else None, None
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -160,22 +154,24 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"rms_norm: weight is {tuple(weight.shape)}, x is {tuple(x.shape)}")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = w * x / sqrt(mean(x^2) + eps), contiguous. Differentiable in x; weight is frozen.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """y = w * x / sqrt(mean(x^2) + eps), contiguous, in dtype or x's. Differentiable in x; weight is frozen.
 
     x: [N, D] or [N, M, D], last dimension contiguous. weight: [D]. Raises ValueError on other shapes.
     """
     _check(x, weight)
-    return _normed(x, weight, eps, None)[0]
+    return apply(RMSNorm, x, weight, eps, None, dtype or x.dtype)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(h), h) for h = x + residual, in one pass. Differentiable in x and residual.
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(h) in dtype or x's, h in residual's) for h = x + residual, in one pass. Differentiable in both.
 
-    x: [N, D] or [N, M, D], last dimension contiguous. residual: like x, contiguous. weight: [D].
-    Raises ValueError on other shapes.
+    x: [N, D] or [N, M, D], last dimension contiguous. residual: of x's shape, contiguous, of x's dtype or a wider one.
+    weight: [D]. Raises ValueError on other shapes.
     """
     _check(x, weight)
     if residual.shape != x.shape or not residual.is_contiguous():
         raise ValueError(f"rms_norm: residual must be contiguous and {tuple(x.shape)}, not {tuple(residual.shape)}")
-    return _normed(x, weight, eps, residual)
+    return apply(RMSNorm, x, weight, eps, residual, dtype or x.dtype)

@@ -80,16 +80,10 @@ def launch_config(E: int) -> LaunchConfig:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    wide = out if out.dtype == dtype else torch.empty(x.shape, dtype=dtype)
-    x1, x2 = x.to(dtype).chunk(2, -1)
-    y1, y2 = wide.chunk(2, -1)
-    cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
-    sign = -1 if inverse else 1
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
-    return out if wide is out else out.copy_(wide)
+    cos, sin = torch.cat([cos, cos], 1).to(dtype), torch.cat([-sin, sin], 1).to(dtype)
+    swapped = x.roll(x.shape[-1] // 2, -1)  # x2, x1
+    return torch.mul(x, cos[:, None]).addcmul_(swapped, sin[:, None], value=-1 if inverse else 1).to(x.dtype)
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,9 @@ class Layer:
 class Model:
     """Parameters in `dtype` on `device`, and the forward pass.
 
-    Activations are in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (see seal_kernels.linear),
-    those between the two products of an MLP in `mlp_dtype`, and cached K/V in `kv_dtype`: on a CPU, too, bfloat16 if
-    its products round to that.
+    The residual stream is in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (seal_kernels.linear).
+    What products read and write, and cached K/V, are in `product_dtype`: on a CPU, too, bfloat16 where its products round
+    to that.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Model:
         self.device = device
         self.compute_dtype = torch.float32 if device.type == "cpu" else dtype
         rounds = dtype == torch.bfloat16 and multiplies_bfloat16()
-        self.mlp_dtype = self.kv_dtype = dtype if rounds else self.compute_dtype
+        self.product_dtype = dtype if rounds else self.compute_dtype
         self.embed = empty(c.vocab_size, D)  # [V, D]
         self.layers = [
             Layer(
@@ -187,7 +187,8 @@ class Model:
                 x, sums = _checkpoint(step, x, sums)
             else:
                 x, sums = step(x, sums)
-        return rms_norm(x, self.norm, eps) if sums is None else add_rms_norm(x, sums, self.norm, eps)[0]
+        dtype = self.compute_dtype
+        return rms_norm(x, self.norm, eps, dtype) if sums is None else add_rms_norm(x, sums, self.norm, eps, dtype)[0]
 
     def _layer(
         self,
@@ -202,11 +203,11 @@ class Model:
         """One layer: (what it adds, what it adds it to), both [T, D]; residual None before the first."""
         layer, eps = self.layers[i], self.config.rms_norm_eps
         if residual is None:
-            normed, residual = rms_norm(x, layer.input_norm, eps), x
+            normed, residual = rms_norm(x, layer.input_norm, eps, self.product_dtype), x
         else:
-            normed, residual = add_rms_norm(x, residual, layer.input_norm, eps)
+            normed, residual = add_rms_norm(x, residual, layer.input_norm, eps, self.product_dtype)
         x = self._attention(i, normed, batch, rotation, lora)
-        normed, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps)
+        normed, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps, self.product_dtype)
         return self._mlp(i, lora, normed, recompute == "mlp"), residual
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -277,7 +278,7 @@ class Model:
         return out
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor, recompute: bool) -> Tensor:
-        activate, down = partial(self._activate, i, lora), partial(self._down, i, lora, dtype=x.dtype)
+        activate, down = partial(self._activate, i, lora), partial(self._down, i, lora)
         if not recompute:
             return down(activate(x))
         # A frozen product keeps nothing for backward and need not be made again; one with an adapter keeps its input.
@@ -287,12 +288,12 @@ class Model:
 
     def _activate(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
         layer, group = self.layers[i], ProjectionGroup.GATE_UP
-        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group, self.mlp_dtype)  # [T, 2 F]
+        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group)  # [T, 2 F]
         return swiglu(gate_up, batch_invariant=self.batch_invariant)  # [T, F]
 
-    def _down(self, i: int, lora: LoraBatch | None, activated: Tensor, dtype: torch.dtype) -> Tensor:
+    def _down(self, i: int, lora: LoraBatch | None, activated: Tensor) -> Tensor:
         layer = self.layers[i]
-        return self._project(activated, layer.down, layer.down_bias, lora, i, ProjectionGroup.DOWN, dtype)
+        return self._project(activated, layer.down, layer.down_bias, lora, i, ProjectionGroup.DOWN)
 
     def _project(
         self,

@@ -23,7 +23,7 @@ from seal_engine.sampling.scheduler import Chunk, Sequence
 from seal_kernels.contiguous_attention import DecodeRows, decode_rows
 
 LEAST_WIDTH = 64  # tokens
-LEAST_SLOTS = 8
+LEAST_BYTES = 1 << 26  # that all arenas may take where the paged cache is small
 
 
 class _Arena:
@@ -41,7 +41,7 @@ class _Arena:
     def shape_with(self, num_slots: int) -> torch.Size:
         """The shape of kv once there are so many slots: capacity doubles."""
         L, capacity, *slot = self.kv.shape
-        return torch.Size((L, capacity if num_slots <= capacity else max(LEAST_SLOTS, 2 * capacity), *slot))
+        return torch.Size((L, capacity if num_slots <= capacity else max(1, 2 * capacity), *slot))
 
     def append(self, slot: "_Slot", keys: Tensor, values: Tensor) -> None:
         """Give the slot a place here. keys, values: of its tokens, [L, tokens, K, E]."""
@@ -89,11 +89,14 @@ class DecodeCache:
 
     @staticmethod
     def make(model: Model, cache: KVCache) -> "DecodeCache | None":
-        """On a CPU, unless a token's bits must not depend on the batch or sequences see a window only: at most twice the
-        paged cache and a quarter of what memory is free."""
+        """On a CPU, unless a token's bits must not depend on the batch or layers have windows.
+
+        It takes at most twice the paged cache's memory (which, for few tokens, may be less than a slot), and a quarter
+        of what is free.
+        """
         if model.device.type != "cpu" or model.batch_invariant or any(layer.window for layer in model.layers):
             return None
-        return DecodeCache(cache, min(2 * cache.num_bytes, free_memory(model.device) // 4))
+        return DecodeCache(cache, min(max(2 * cache.num_bytes, LEAST_BYTES), free_memory(model.device) // 4))
 
     def clear(self) -> None:
         """Forget everything, blocks that are still to be copied too: for when all K/V are computed again."""
@@ -106,7 +109,7 @@ class DecodeCache:
         rows = {
             chunk.sequence: row
             for chunk, row in zip(chunks, first, strict=False)
-            if chunk.num_tokens == 1 and chunk.sequence.num_computed_tokens > 0
+            if chunk.num_tokens == 1 and self._decodes(chunk.sequence)
         }
         for slot in list(self._slots.values()):
             known = slot.cache_namespace == slot.sequence.cache_namespace
@@ -142,6 +145,10 @@ class DecodeCache:
                 for cache, part in zip((self.cache.keys, self.cache.values), kv.chunk(2, 3), strict=True):
                     cache.index_copy_(1, blocks, part)
 
+    def _decodes(self, sequence: Sequence) -> bool:
+        """Whether it is past its prompt, all of whose K/V go to blocks, which other samples of a request share."""
+        return bool(sequence.completion.token_ids) and sequence.num_computed_tokens > 0
+
     def _move(self, sequence: Sequence, old: _Slot | None) -> None:
         """Give a sequence a slot, or a wider one, if memory allows; if not, it has none."""
         length = sequence.num_computed_tokens
@@ -156,7 +163,8 @@ class DecodeCache:
         if old is None:
             blocks = torch.tensor(sequence.block_table)
             keys, values = (
-                cache.index_select(1, blocks).flatten(1, 2)[:, :length] for cache in (self.cache.keys, self.cache.values)
+                cache.index_select(1, blocks).flatten(1, 2)[:, :length]
+                for cache in (self.cache.keys, self.cache.values)
             )
         else:
             keys, values = old.kv.chunk(2, 2)
@@ -175,3 +183,5 @@ class DecodeCache:
                 cache[:, block, :behind] = part
         slot.arena.remove(slot)
         del self._slots[sequence]
+        if not self._slots:
+            self._arenas.clear()  # a sampler may live long, and rest

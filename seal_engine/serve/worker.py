@@ -52,7 +52,7 @@ log = logging.getLogger("seal_engine")
 def _cpu_blocks(engine: Engine) -> int:
     """Blocks of the K/V cache on a CPU, whose free memory is everybody's."""
     wanted = max(CPU_BLOCKS, 4 * engine.config.max_position_embeddings // 16)
-    size = KVCache.block_bytes(engine.config, engine.model.kv_dtype)
+    size = KVCache.block_bytes(engine.config, engine.model.product_dtype)
     return max(1, min(wanted, free_memory(engine.model.device) // 2 // size))
 
 
@@ -382,7 +382,7 @@ class Worker:
         blocked: set[int] = set()  # adapters of calls that stay
         tokens = 0
         for call in self._verbs:
-            fits = not calls or tokens + call.num_tokens <= self.sampler.token_budget
+            fits = not calls or tokens + call.num_tokens <= self.engine.token_budget
             if call.verb == first.verb and fits and not call.adapters & blocked:
                 calls.append(call)
                 tokens += call.num_tokens

@@ -183,7 +183,7 @@ class TrainedModel:
             data = await asyncio.to_thread(read_data, request, self.trained)
             await asyncio.to_thread(validate_data, engine.model, data)
             results = []
-            budget = self.worker.sampler.token_budget
+            budget = self.worker.engine.token_budget
             for piece in chunks([len(datum.token_ids) for datum in data], budget):
                 results += await asyncio.wrap_future(verb([data[i] for i in piece], bounded=False))
         except Exception as error:
