@@ -168,9 +168,10 @@ class DecodeCache:
             )
         else:
             keys, values = old.kv.chunk(2, 2)
-            old.arena.remove(old)
         self._slots[sequence] = slot = _Slot(sequence, sequence.cache_namespace, length, arena)
         arena.append(slot, keys, values)
+        if old is not None:  # whose memory keys and values are views of
+            old.arena.remove(old)
 
     def _give_up(self, slot: _Slot) -> None:
         """Remove a slot. A sequence that goes on from here finds all its K/V in its blocks."""
