@@ -14,6 +14,7 @@ import measure
 from seal_engine import runs
 from seal_engine.loop.continual_config import METHODS
 from seal_engine.loop.continual_results import PROBES, read_result
+from seal_engine.loop.forgetting import mean_matrix
 from seal_engine.loop.ledger import Ledger
 from seal_engine.report.page import write_report
 from seal_engine.tiny.continual_demo import POLICY_ROUNDS
@@ -63,6 +64,7 @@ def test_continual(benchmark, record, request, tmp_path, policies, case):
         for name, interval in (("over_merge", m.over_merge), ("over_joint", m.over_joint)):
             columns |= dict(zip((name, f"{name}_low", f"{name}_high"), interval or (), strict=False))
         columns |= {"bytes_kept": m.bytes_kept, "factor": m.factor, "ages": [round(gain or 0.0, 4) for gain in m.ages]}
+        columns["matrix"] = [[None if v is None else round(v, 4) for v in row] for row in mean_matrix(m.matrices)]
         record(**sizes, method=m.name, **columns, **m.probes, **m.routing)
     record(**sizes, method="the whole run", seconds=seconds, adapters=result.adapters, **result.seconds)
     results = request.config.getoption("--record")

@@ -41,7 +41,7 @@ def describe(ledger: Ledger, cpu_seconds: float) -> list[dict[str, Any]]:
     every = ledger.trials()
     lines.append(
         dict(
-            method="the whole run", seconds=sum(seconds for *_, seconds in ledger.steps()), cpu_seconds=cpu_seconds,
+            method="the whole run", seconds=sum(step[2] for step in ledger.steps()), cpu_seconds=cpu_seconds,
             conclusion=conclusion(ledger),
             adapters=sum(trial.num_steps > 0 for trial in every), tokens=sum(trial.num_tokens for trial in every),
         )

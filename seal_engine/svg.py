@@ -30,6 +30,7 @@ svg .t-blue { fill: var(--blue); } svg .t-orange { fill: var(--orange); } svg .t
 svg .t-grey { fill: var(--muted); }
 svg .f-blue { fill: var(--blue); } svg .f-sky { fill: var(--sky); } svg .f-orange { fill: var(--orange); }
 svg .f-gold { fill: var(--gold); } svg .f-grey { fill: var(--grey); } svg .f-paper { fill: var(--paper); }
+svg .f-ink { fill: var(--ink); }
 svg .s-blue { stroke: var(--blue); } svg .s-orange { stroke: var(--orange); } svg .s-grey { stroke: var(--grey); }
 svg .s-gold { stroke: var(--gold); } svg .s-sky { stroke: var(--sky); } svg .s-ink { stroke: var(--ink); }
 svg .s-edge { stroke: var(--edge); } svg polyline { fill: none; }

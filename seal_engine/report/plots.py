@@ -211,23 +211,80 @@ def rewards(rounds: Sequence[RoundRewards]) -> str:
     return picture(lower + 20, f"Rewards of self-edits by round: {said}", parts)
 
 
-def time(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """Seconds of each stage, by what they were spent on."""
+def losses(adapters: Mapping[str, Sequence[Sequence[float]]], policy: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """Training losses over the course of a training, of the adapters of each round and of the policy's updates.
+
+    Name of a line -> curves of any lengths (see loss_curve). A line goes through medians; most curves are in its band.
+    """
+    panels = [("adapters", adapters), ("the policy", policy)]
+    drawn = [_loss_panel(30 + 222 * i, title, lines) for i, (title, lines) in enumerate(panels) if lines]
+    parts = [words(0, 14, "Training loss from the first step to the last, nats per token", "bold")]
+    return picture(212, "Training losses of adapters and of the policy", [*parts, *(p for own in drawn for p in own)])
+
+
+def _loss_panel(left: float, title: str, lines: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
+    """Lines on a scale of their own, from a loss of 0 to the top of the highest band; the first and the last ones."""
+    right, upper, lower, labels = left + 104, 48, 190, []
+    names = [*lines][:1] + [*lines][1:][1 - len(LOOKS) :]
+    bands = {name: [_quantiles(lines[name], share) for share in (0.1, 0.5, 0.9)] for name in names}
+    top = 1.05 * max([1e-3, *(max(high) for _, _, high in bands.values())])
+
+    def points(losses: Sequence[float]) -> list[str]:
+        gap = (right - left) / max(1, len(losses) - 1)
+        return [f"{left + i * gap:.1f},{lower - loss / top * (lower - upper):.1f}" for i, loss in enumerate(losses)]
+
+    parts, step = [words(left, upper - 14, title, "small")], axis_step(top)
+    for i in range(int(top / step + 1e-9) + 1):
+        y = lower - i * step / top * (lower - upper)
+        parts.append(line(left, y, right, y, "s-edge thin"))
+        parts.append(words(left - 6, y + 4, f"{i * step:g}", "muted end small"))
+    parts += [words(left, lower + 16, "first", "muted small"), words(right, lower + 16, "last", "muted end small")]
+    for colour, (name, (low, middle, high)) in zip(LOOKS, bands.items(), strict=False):
+        hover = f"{name}: {middle[0]:.3g} to {middle[-1]:.3g}, median of {len(lines[name])}"
+        band = " ".join([*points(high), *reversed(points(low))])
+        parts.append(element("polygon", f"f-{colour}", hover, points=band, fill_opacity=0.15))
+        parts.append(element("polyline", f"line s-{colour}", hover, points=" ".join(points(middle))))
+        end = lower - middle[-1] / top * (lower - upper)
+        labels.append((end, f"{middle[-1]:.2f} {name}", f"bold small t-{colour}", hover))
+    labels.sort()
+    places = spread([label[0] for label in labels], 14, upper, lower)
+    for place, (_, text, classes, hover) in zip(places, labels, strict=True):
+        parts.append(words(right + 6, place + 4, text, classes, hover))
+    return parts
+
+
+def _quantiles(curves: Sequence[Sequence[float]], share: float) -> list[float]:
+    """The quantile of the curves at each point of the longest one; the others are stretched to its length."""
+    length = max(map(len, curves))
+    points = []
+    for i in range(length):
+        values = sorted(curve[i * len(curve) // length] for curve in curves)
+        points.append(values[round(share * (len(values) - 1))])
+    return points
+
+
+def time(seconds: Mapping[str, Mapping[str, float]], cpu_seconds: Mapping[str, float | None]) -> str:
+    """Seconds of each stage, by what they were spent on, and CPU seconds below, where they are known."""
     looks = dict(zip(PARTS, ("f-sky", "f-blue", "f-gold", "f-grey"), strict=True))
     whole = sum(sum(parts.values()) for parts in seconds.values())
-    longest = max(sum(parts.values()) for parts in seconds.values())
+    known = {stage: cpu for stage, cpu in cpu_seconds.items() if cpu is not None}
+    longest = max([*(sum(parts.values()) for parts in seconds.values()), *known.values()])
     unit, divisor = next(
         (u, d) for u, d in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest >= 2 * d or d == 1
     )
     parts, start = [words(0, 14, f"Time by stage and part, {unit}", "bold")], 0.0
-    left, right, upper = 84, WIDTH - 40, 62
+    left, right, upper, row_height = 84, WIDTH - 40, (78 if known else 62), (25 if known else 20)
     for i, (part, look) in enumerate(looks.items()):
         share = sum(own[part] for own in seconds.values()) / whole
         column, row = i % 2, i // 2
         parts.append(bar(column * 210, 22 + 16 * row, 10, 10, look))
         parts.append(words(column * 210 + 15, 31 + 16 * row, f"{part} {share:.0%}", "small"))
+    if known:
+        wall = sum(sum(seconds[stage].values()) for stage in known)
+        cores = f"{sum(known.values()) / wall:.2g} cores" if wall else "no time"
+        parts += [bar(0, 58, 10, 4, "f-ink"), words(15, 63, f"CPU time of this process, {cores} on average", "small")]
     for row, (stage, own) in enumerate(seconds.items()):
-        start, place = left, upper + 20 * row
+        start, place = left, upper + row_height * row
         parts.append(words(left - 8, place + 11, stage, "end small"))
         for part, look in looks.items():
             width = own[part] / longest * (right - left)
@@ -236,4 +293,7 @@ def time(seconds: Mapping[str, Mapping[str, float]]) -> str:
                 parts.append(bar(start, place, width, 14, look, hover))
             start += width
         parts.append(words(start + 5, place + 11, f"{sum(own.values()) / divisor:.3g}", "small"))
-    return picture(upper + 20 * len(seconds) + 4, f"Time by stage: {whole / divisor:.3g} {unit} in all", parts)
+        if stage in known:
+            hover = f"{stage}: {known[stage] / divisor:.3g} {unit} of CPU time"
+            parts.append(bar(left, place + 15, known[stage] / longest * (right - left), 4, "f-ink", hover))
+    return picture(upper + row_height * len(seconds) + 4, f"Time by stage: {whole / divisor:.3g} {unit} in all", parts)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from seal_engine import InputError
 from seal_engine.loop.database import SCHEMA_VERSION
 from seal_engine.loop.ledger import DATABASE, LOCK, METRICS, Ledger
-from seal_engine.loop.records import PolicyUpdate, SelfEdit, Trial
+from seal_engine.loop.records import PolicyUpdate, SelfEdit, Trial, loss_curve
 
 CONFIG = {"seeds": [0, 1], "lora": {"r": 32, "targets": ["q_proj", "v_proj"]}, "learning_rate": 1e-3}
 EDIT = SelfEdit(0, "round 1", "Käse", 2, "A fact.\n---\nAnother.", (5, 3, 8), 7, 2, None)
@@ -554,7 +554,7 @@ def test_newer_schema(run):
         connection.execute("UPDATE run SET schema_version = schema_version + 1")
     before = snapshot(run)
     for opened in (lambda: Ledger.read(run), lambda: Ledger.open(run, CONFIG)):
-        with pytest.raises(InputError, match=r"schema_version: found 3; accepted: 1 to 2, or a newer seal_engine"):
+        with pytest.raises(InputError, match=r"schema_version: found 4; accepted: 1 to 3, or a newer seal_engine"):
             opened()
     assert before[DATABASE] == snapshot(run)[DATABASE]
     with closing(sqlite3.connect(run / DATABASE, isolation_level=None)) as connection:
@@ -622,7 +622,14 @@ def test_replace_directory(run):
     assert list((run / "policies").iterdir()) == [final]
 
 
-VERSION_1 = """
+VERSION_2 = """
+ALTER TABLE steps DROP COLUMN cpu_seconds;
+ALTER TABLE trials DROP COLUMN losses;
+ALTER TABLE policies DROP COLUMN losses;
+UPDATE run SET schema_version = 2;
+"""
+VERSION_1 = f"""
+{VERSION_2}
 ALTER TABLE steps RENAME COLUMN step TO unit;
 ALTER TABLE steps RENAME TO units;
 ALTER TABLE metrics RENAME COLUMN step TO unit;
@@ -659,6 +666,35 @@ def test_a_run_of_the_first_version_goes_on(tmp_path):
             assert ledger.finished("one")
             assert ledger.snapshot() == expected
     assert schema(tmp_path / "run") == columns
+
+
+def test_a_run_from_before_loss_curves_and_cpu_time_goes_on(tmp_path):
+    """Version 2 lacks three columns: what it recorded has no curves and no CPU time, what it records now has both."""
+    run, curve = tmp_path / "run", (3.5, 0.25)
+    with Ledger.open(run, CONFIG) as ledger:
+        ledger.finish("one", trials=[replace(TRIAL, losses=curve)], policy=replace(POLICY, losses=curve))
+        columns = schema(run)
+    with closing(sqlite3.connect(run / DATABASE, isolation_level=None)) as connection:
+        connection.executescript(VERSION_2)
+    with Ledger.open(run, CONFIG) as ledger:
+        assert (ledger.trials(), ledger.policies()) == ([TRIAL], [POLICY])
+        ledger.finish("two", trials=[replace(TRIAL, repeat=2, losses=curve)])
+        assert [trial.losses for trial in ledger.trials()] == [(), curve]
+        ((_, _, _, before), (_, _, _, after)) = ledger.steps()
+        assert before is None
+        assert after is not None
+        assert after >= 0
+    assert schema(run) == columns
+
+
+def test_loss_curves_are_short_and_keep_their_course():
+    """40 steps in 16 parts of 2 or 3 steps: the first has steps 1 and 2, the last 38 to 40, and no step is left out."""
+    assert loss_curve([]) == ()
+    assert loss_curve([2.0, 1.0 / 3]) == (2.0, 0.3333)
+    curve = loss_curve([float(i) for i in range(1, 41)])
+    assert len(curve) == 16
+    assert (curve[0], curve[-1]) == (1.5, 39.0)
+    assert list(curve) == sorted(curve)
 
 
 def schema(directory: Path) -> list[tuple[str, str]]:
