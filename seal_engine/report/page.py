@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from seal_engine.domains.few_shot.puzzle_picture import saved
+from seal_engine.domains.few_shot import puzzle_picture
 from seal_engine.domains.few_shot.task import FewShotConfig
 from seal_engine.files import replace_file
 from seal_engine.loop.continual_results import read_result
@@ -76,11 +76,13 @@ def write_report(directory: Path) -> Path:
         data = RunData(ledger)
         measured = rows(ledger)
     rounds = judged_rounds(data)
-    pictures = _draw(data, rounds)
+    pictures, puzzles = _draw(data, rounds), puzzle_picture.read_puzzles(directory / puzzle_picture.FILE)
+    if puzzles:
+        pictures["puzzles"] = puzzle_picture.draw(puzzles)
     for name, picture in pictures.items():
         replace_file(directory / f"{name}.svg", standalone(picture))
     # A model can write half a surrogate pair, which no file of text can hold.
-    content = _page(data, measured, rounds, pictures, saved(directory)).encode("utf-8", "replace")
+    content = _page(data, measured, rounds, pictures).encode("utf-8", "replace")
     return replace_file(directory / PAGE, content)
 
 
@@ -116,24 +118,24 @@ def _page(
     measured: Sequence[Row],
     rounds: Sequence[RoundRewards],
     pictures: dict[str, str],
-    puzzles: str | None,
 ) -> str:
     images = {name: figure(picture) for name, picture in pictures.items()}
-    note = "Puzzles of the first seed: those gained, solved all along, never solved and lost, some of each."
-    shown = "" if puzzles is None else figure(puzzles, note)
+    if "puzzles" in images:
+        images["puzzles"] += '<p class="note">Of the first seed: some puzzles of each outcome.</p>\n'
     task = str(data.config.get("task", "run"))
     model = Path(str(data.config.get("model", ""))).name
     kind = "few-shot" if task in TASKS and TASKS[task].config is FewShotConfig else "knowledge"
+    losses = images["losses"] + LOSSES if "losses" in images else "<p>There are no losses yet.</p>"
     title = claim(data, rounds)
     evaluations = judged_rounds(data, EVALUATION)
     sections = [
         _headline(data),
         f'<div class="beside">{images.get("accuracy", "")}<div>{_accuracy(data, measured)}</div></div>',
         f"<p>{TERMS[kind]}</p>",
-        f"<h2>Examples</h2>\n{shown}{examples(data)}",
+        f"<h2>Examples</h2>\n{images.get('puzzles', '')}{examples(data)}",
         f"<h2>All self-edits</h2>\n{browser([*rounds, *evaluations], data.contexts)}",
         f"<h2>Rewards, and what was kept</h2>\n{images.get('rewards', '')}{_kept(data, rounds)}",
-        f"<h2>Training losses</h2>\n{images['losses'] + LOSSES if 'losses' in images else '<p>There are no losses yet.</p>'}",
+        f"<h2>Training losses</h2>\n{losses}",
         f"<h2>Held-out contexts, before and after</h2>\n{images.get('contexts', '')}{_contexts(data)}",
         f"<h2>Time and cost</h2>\n{images.get('time', '')}{_cost(data)}",
         f"<h2>Settings</h2>\n{settings_section(data.config)}",

@@ -31,6 +31,7 @@ def accuracy(
     baselines: Mapping[str, Mapping[int, float]],
     num_seeds: Mapping[str, int],
     title: str = "Accuracy on held-out contexts by round, in percent",
+    subtitle: str = "",
 ) -> str:
     """Accuracy by round, a point for each seed and a line through their means; baselines as dashed lines.
 
@@ -41,7 +42,7 @@ def accuracy(
     every = [value for rounds in lines.values() for own in rounds.values() for value in own.values()]
     levels = {name: fmean(own.values()) for name, own in baselines.items() if own}
     top = 100 * min(1.0, 1.12 * max([*every, *levels.values(), 0.04]))
-    left, right, upper, lower = 30, 254, 38, 236
+    left, right, upper, lower = 38, 256, (54 if subtitle else 38), (252 if subtitle else 236)
     numbers = sorted({number for rounds in lines.values() for number in rounds})
     gap = (right - left - 30) / max(1, len(numbers) - 1)
     x = {number: left + 16 + i * gap for i, number in enumerate(numbers)}
@@ -49,11 +50,11 @@ def accuracy(
     def y(value: float) -> float:
         return lower - 100 * value / top * (lower - upper)
 
-    parts = [words(0, 14, title, "bold")]
+    parts = [words(0, 14, title, "bold"), words(0, 31, subtitle, "muted small")]
     step = axis_step(top)
     for i in range(int(top / step + 1e-9) + 1):
         parts.append(line(left, y(i * step / 100), right, y(i * step / 100), "s-edge thin"))
-        parts.append(words(left - 6, y(i * step / 100) + 4, f"{i * step:g}", "muted end small"))
+        parts.append(words(left - 6, y(i * step / 100) + 4, f"{i * step:g}%", "muted end small"))
     every_tick = -(-len(numbers) // MOST_TICKS)
     for i, number in enumerate(numbers):
         if i % every_tick == 0 or i == len(numbers) - 1:
@@ -74,7 +75,8 @@ def accuracy(
     places = spread([label[0] for label in labels], 15, upper, lower)
     for place, (wanted, name, level, classes, hover) in zip(places, labels, strict=True):
         parts.append(line(right + 2, wanted, right + 12, place, "s-edge thin"))
-        parts.append(words(right + 15, place + 4, f"{100 * level:.1f} {cut_name(name, 23)}", f"{classes} small", hover))
+        shown = cut_name(name, 23 if classes else 25)  # bold letters are wider
+        parts.append(words(right + 15, place + 4, f"{100 * level:.1f} {shown}", f"{classes} small", hover))
     return picture(lower + 26, f"{title}: {_spoken(lines, levels)}", parts)
 
 
