@@ -79,10 +79,13 @@ def picture(height: float, alternative: str, parts: Iterable[str], width: int = 
 
 
 def standalone(svg: str) -> bytes:
-    """A picture as a file of its own, which follows the theme of whoever shows it."""
+    """A picture as a file of its own, which follows the scheme of the browser, and is on paper of its own: a page may
+    have another theme than its browser."""
     width = round(FILE_SCALE * int(svg.partition('viewBox="0 0 ')[2].partition(" ")[0]))
     svg = svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}"', 1)
-    return svg.replace("\n", f"\n<style>{THEME}{STYLE}</style>\n", 1).encode("utf-8", "replace")
+    return svg.replace("\n", f"\n<style>{THEME}{STYLE}svg {{ background: var(--paper); }}</style>\n", 1).encode(
+        "utf-8", "replace"
+    )
 
 
 def axis_step(largest: float, most: int = 6) -> float:

@@ -110,8 +110,8 @@ def test_writing_in_pictures_is_large_enough(browser, pages, width):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.svg")), ids=lambda file: file.stem)
 def test_pictures_of_readme_are_whole_and_follow_the_theme(browser, file, scheme):
-    """As an image at most 830 pixels wide, GitHub's column: no text is cut off, none is smaller than 11 pixels, and its
-    colour is that of the scheme."""
+    """As an image at most 830 pixels wide, GitHub's column: no text is cut off, none is smaller than 11 pixels, and
+    text and paper have the colours of the scheme: also in a page of the other one, text can be read."""
     browser.open(file, 830, scheme)
     texts = "[...document.querySelectorAll('text')]"
     edges = (
@@ -121,7 +121,9 @@ def test_pictures_of_readme_are_whole_and_follow_the_theme(browser, file, scheme
     sizes = f"{texts}.map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)"
     assert min(browser.evaluate(sizes)) >= 11
     title = browser.evaluate("getComputedStyle(document.querySelector('text.bold')).fill")
-    assert title == ("rgb(27, 31, 36)" if scheme == "light" else "rgb(230, 237, 243)")
+    paper = browser.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    on_paper = {"light": ("rgb(27, 31, 36)", "rgb(255, 255, 255)"), "dark": ("rgb(230, 237, 243)", "rgb(18, 22, 28)")}
+    assert (title, paper) == on_paper[scheme]
 
 
 def test_findings_are_said(browser, pages):
