@@ -125,7 +125,7 @@ def _page(
     task = str(data.config.get("task", "run"))
     model = Path(str(data.config.get("model", ""))).name
     kind = "few-shot" if task in TASKS and TASKS[task].config is FewShotConfig else "knowledge"
-    losses = images["losses"] + LOSSES if "losses" in images else "<p>There are no losses yet.</p>"
+    losses = images["losses"] + LOSSES if "losses" in images else "<p>No losses are recorded.</p>"
     title = claim(data, rounds)
     evaluations = judged_rounds(data, EVALUATION)
     sections = [
