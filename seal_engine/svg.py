@@ -23,7 +23,7 @@ THEME = """
 """
 STYLE = """
 svg { font: 12px system-ui, sans-serif; } svg text { fill: var(--ink); } svg .muted { fill: var(--muted); }
-svg .small { font-size: 10.5px; } svg .tiny { font-size: 9px; } svg .bold { font-weight: 700; }
+svg .small { font-size: 10.5px; } svg .tiny { font-size: 9.6px; } svg .bold { font-weight: 700; }
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
 svg .line { stroke-width: 2; } svg .thin { stroke-width: 1; } svg .dash { stroke-dasharray: 5 3; }
 svg .t-blue { fill: var(--blue); } svg .t-orange { fill: var(--orange); } svg .t-gold { fill: var(--gold-text); }
