@@ -9,8 +9,8 @@ from seal_engine.svg import clean
 
 TERMS = (
     "An <strong>edit</strong> teaches the model one passage, by training on a self-edit: a text that the model has "
-    "written about it. Edits come one after another, and after each of them all passages so far are asked about again. A "
-    "<strong>method</strong> is a way to learn an edit without losing those before."
+    "written about it. Edits come one after another, and after each of them all passages so far are asked about again. "
+    "A <strong>method</strong> is a way to learn an edit without losing those before."
 )
 CAPTIONS = {
     "forgetting": "Row 0 is the untrained model. A column is a passage, learned in the row of its number.",
