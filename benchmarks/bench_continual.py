@@ -5,7 +5,6 @@ the system that the method has come to ("system", as published). "long" are sequ
 times one process with all sequences and methods beside one sequence after another.
 """
 
-import shutil
 from time import perf_counter
 
 import pytest
@@ -14,8 +13,8 @@ import measure
 from seal_engine import runs
 from seal_engine.loop.continual_config import METHODS
 from seal_engine.loop.continual_results import PROBES, read_result
+from seal_engine.loop.forgetting import mean_matrix
 from seal_engine.loop.ledger import Ledger
-from seal_engine.report.page import write_report
 from seal_engine.tiny.continual_demo import POLICY_ROUNDS
 
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the miniature is for machines without a GPU")
@@ -52,7 +51,7 @@ def run(directory, policies, settings):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_continual(benchmark, record, request, tmp_path, policies, case):
+def test_continual(benchmark, record, tmp_path, policies, case):
     benchmark.pedantic(lambda: None, rounds=1, iterations=1)
     result, seconds = run(tmp_path / "run", policies, CASES[case])
     sizes = {"case": case, "sequences": result.sequences, "passages": result.passages}
@@ -63,15 +62,9 @@ def test_continual(benchmark, record, request, tmp_path, policies, case):
         for name, interval in (("over_merge", m.over_merge), ("over_joint", m.over_joint)):
             columns |= dict(zip((name, f"{name}_low", f"{name}_high"), interval or (), strict=False))
         columns |= {"bytes_kept": m.bytes_kept, "factor": m.factor, "ages": [round(gain or 0.0, 4) for gain in m.ages]}
+        columns["matrix"] = [[None if v is None else round(v, 4) for v in row] for row in mean_matrix(m.matrices)]
         record(**sizes, method=m.name, **columns, **m.probes, **m.routing)
     record(**sizes, method="the whole run", seconds=seconds, adapters=result.adapters, **result.seconds)
-    results = request.config.getoption("--record")
-    if results is not None and case != "long":
-        write_report(tmp_path / "run")
-        for name in ("forgetting", "age", "cost"):
-            shutil.copy(
-                tmp_path / "run" / f"{name}.svg", results / f"continual_{case}_{name}_{measure.DEVICE.type}.svg"
-            )
 
 
 def test_side_by_side(benchmark, record, tmp_path, policies):

@@ -13,14 +13,13 @@ import measure
 from seal_engine import runs
 from seal_engine.cli.run import DEMOS
 from seal_engine.loop.ledger import Ledger
-from seal_engine.report.page import write_report
 
 SEEDS = (0, 1, 2)
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the miniature is for machines without a GPU")
 
 
 def run_demo(task, control, benchmark, record, results, directory):
-    """Run a demo in a new directory; record its table and what it took, and keep its pictures."""
+    """Run a demo in a new directory; record its table and what it took, and keep its puzzles."""
     settings = {"seeds": SEEDS, "shuffle_rewards": control}
     start = perf_counter()
     run = lambda: runs.start(DEMOS[task], settings, directory, lambda line: None, progress=False)  # noqa: E731
@@ -31,16 +30,15 @@ def run_demo(task, control, benchmark, record, results, directory):
     for row in found:
         record(
             task=task, rewards="shuffled" if control else "own", method=row.name,
-            accuracy=row.mean, sd=row.deviation, seeds=len(row.accuracies),
+            accuracy=row.mean, sd=row.deviation, seeds=len(row.accuracies), accuracies=list(row.accuracies),
         )  # fmt: skip
     adapters, tokens = sum(trial.num_steps > 0 for trial in trials), sum(trial.num_tokens for trial in trials)
     record(task=task, rewards="shuffled" if control else "own", method="the whole run", seconds=seconds,
            adapters=adapters, tokens=tokens)  # fmt: skip
     if results is not None and not control:
-        write_report(directory)
-        for file in (directory / "accuracy.svg", directory / "puzzles.svg"):
-            if file.exists():
-                shutil.copy(file, results / f"demo_{task}_{file.stem}_{measure.DEVICE.type}.svg")
+        puzzles = directory / "puzzles.json"
+        if puzzles.exists():
+            shutil.copy(puzzles, results / f"demo_{task}_puzzles_{measure.DEVICE.type}.json")
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["rewards", "shuffled rewards"])

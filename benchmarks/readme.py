@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9_]+) -->\n(?P<text>.*?)<!-- end -->\n", re.DOTALL)
+DETAILS = "[docs/benchmarks.md](docs/benchmarks.md)"
 Row = Mapping[str, Any]
 
 
@@ -35,13 +36,12 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (heads, ["---"] * len(heads), *lines))
 
 
-def source(name: str, machine: Mapping[str, Any], more: str = "", fenced: bool = True) -> str:
-    """Where figures are recorded, what recorded them, and on what; the command in a block of its own or in the text."""
+def source(name: str, machine: Mapping[str, Any], more: str = "") -> str:
+    """Where figures are recorded, what recorded them, and on what."""
     bench = name.removesuffix("_cpu").removesuffix("_cuda").removesuffix("_cpu_amx")
     command = f".venv/bin/python -m pytest -p no:warnings benchmarks/{bench}.py{more} --record benchmarks/results"
     where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
-    text = f"Recorded in `benchmarks/results/{name}.json` ({where}) by"
-    return prose(text) + f"\n```\n{command}\n```\n" if fenced else prose(f"{text} `{command}`.")
+    return prose(f"Recorded in `benchmarks/results/{name}.json` ({where}) by") + f"\n```\n{command}\n```\n"
 
 
 def prose(text: str) -> str:
@@ -59,7 +59,7 @@ def rate(value: float) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def demo(name: str, task: str, last: str, fenced: bool = True) -> str:
+def demo(name: str, task: str, last: str) -> str:
     """Accuracy of every method in a demo; the last line in bold."""
     rows, machine = read(name)
     own = [row for row in rows if row["task"] == task and row["rewards"] == "own"]
@@ -75,12 +75,39 @@ def demo(name: str, task: str, last: str, fenced: bool = True) -> str:
         f"and the rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
         f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])})."
     )
-    return table(("method", "accuracy (%)", "sd"), lines) + prose(text) + source(name, machine, fenced=fenced)
+    return table(("method", "accuracy (%)", "sd"), lines) + prose(text) + source(name, machine)
 
 
 def demo_knowledge() -> str:
     """The demo."""
-    return demo("bench_demo_cpu", "knowledge", "self-edits, after round 2", fenced=False)
+    return demo("bench_demo_cpu", "knowledge", "self-edits, after round 2")
+
+
+def demos() -> str:
+    """The demo, and the one with a real language model, side by side."""
+    rows, machine = read("bench_demo_cpu")
+    real, on = read("bench_demo_real_cpu")
+    small = {row["method"]: row for row in rows if row["rewards"] == "own"}
+    large = {row["method"]: row for row in real}
+    (whole, what), last = (found.pop("the whole run") for found in (small, large)), "self-edits, after round 2"
+    names, lines = sorted(dict.fromkeys([*small, *large]), key=lambda name: name.startswith("self-edits")), []
+    for name in names:
+        cells = [percent(small[name][key]) for key in ("accuracy", "sd")] if name in small else ["", ""]
+        cells += [percent(large[name]["accuracy"]), percent(1.96 * large[name]["se"])] if name in large else ["", ""]
+        lines.append([f"**{name}**", f"**{cells[0]}**", *cells[1:]] if name == last else [name, *cells])
+    blind = pick(rows, rewards="shuffled", method=last)
+    change = large["self-edits, after round 1"]["accuracy"] - large["self-edits, before any round"]["accuracy"]
+    text = (
+        f"Miniature: mean and sd of three seeds, {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, and "
+        f"the rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
+        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}). SmolLM2: one seed, 95% intervals over passages, "
+        f"{what['cpu_seconds'] / 60:.0f} minutes of CPU time; its round changed {100 * change:+.1f} points: "
+        f"{what['conclusion'].rpartition(': ')[2]}"
+    )
+    heads = ("method", "miniature (%)", "sd", "SmolLM2-135M (%)", "95%: ±")
+    files = "`bench_demo_cpu.json` and `bench_demo_real_cpu.json` of `benchmarks/results`"
+    where = f"{machine['device']}, {machine['date']}, {on['date']}"
+    return table(heads, lines) + prose(text) + prose(f"Recorded in {files} ({where}); commands: {DETAILS}.")
 
 
 def demo_few_shot() -> str:
@@ -345,7 +372,7 @@ def speed() -> str:
     heads = ("two CPU cores; one H100", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
     files = "`benchmarks/results/bench_seal_round_*.json` and `bench_sample_cpu.json`"
     where = f"{machine['device']}, {machine['date']}; {gpu['device']}, {gpu['date']}"
-    return table(heads, lines) + prose(f"Recorded in {files} ({where}); docs/benchmarks.md has the commands.")
+    return table(heads, lines) + prose(f"Recorded in {files} ({where}). What they mean: {DETAILS}.")
 
 
 def serve() -> str:
@@ -391,10 +418,9 @@ def forgetting_short() -> str:
         for name in ("learned", "kept")
     )
     return prose(
-        "Merged one after another, edits destroy each other (`demo continual`): of an accuracy of "
-        f"{learned[0]}% just after each of eight edits {kept[0]}% are left at the end. One set of weights keeps "
-        f"{kept[1]} of {learned[1]} where updates spare what is known, a bank of adapters {kept[2]} of {learned[2]} "
-        "([docs/forgetting.md](docs/forgetting.md), 13 methods):"
+        f"Merged one after another, edits destroy each other (`demo continual`): {learned[0]}% just after each, "
+        f"{kept[0]}% after all eight. Where updates spare what is known {kept[1]} of {learned[1]} stay, in a bank of "
+        f"adapters {kept[2]} of {learned[2]} ([13 methods](docs/forgetting.md)):"
     )
 
 
@@ -486,8 +512,9 @@ def forgetting_long() -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / page: {function.__name__: function for function in functions}
     for page, functions in {
-        "README.md": (demo_knowledge, forgetting_short, speed),
+        "README.md": (demos, forgetting_short, speed),
         "docs/benchmarks.md": (
+            demo_knowledge,
             demo_few_shot,
             demo_real,
             seal_round,

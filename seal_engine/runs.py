@@ -231,7 +231,7 @@ def start(
 
 def _finished_line(ledger: Ledger) -> str:
     """That a run has nothing left to do, and how to go on."""
-    _, finished, _ = ledger.steps()[-1]
+    _, finished, *_ = ledger.steps()[-1]
     rounds = ledger.config.get("rounds")
     line = f"{ledger.directory}: finished {finished[:16].replace('T', ' ')} UTC; nothing is run again"
     if rounds is None:

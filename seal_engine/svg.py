@@ -5,31 +5,32 @@ the page around it, on a wide one a little larger.
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 WIDTH = 440
-FILE_WIDTH = 570  # pixels of a picture that is shown as a file of its own
+WIDE = 640  # of a picture for a page that is never narrow, such as a README
+FILE_SCALE = 57 / 44  # pixels per unit of a picture that is shown as a file of its own: 570 of WIDTH, 829 of WIDE
 LINE = 15  # height of a line of text
 # Text on paper has a contrast of 4.5 or more, marks of 3 or more.
 THEME = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #57606a; --paper: #ffffff; --edge: #d0d7de; --wash: #f3f5f8;
   --blue: #0a62a8; --sky: #5aa9dd; --orange: #a84300; --gold: #b98200; --gold-text: #7d5800;
-  --grey: #7d858e; --mark: #ffe9a8; }
+  --grey: #7d858e; --mark: #ffe9a8; --half: #1b1f24; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --muted: #a0aab4; --paper: #12161c; --edge: #3b434c;
   --wash: #1c222a; --blue: #6cb6ff; --sky: #2f6f9f; --orange: #ff9d5c; --gold: #d0a02e; --gold-text: #e3b341;
-  --grey: #8b949e; --mark: #574609; } }
+  --grey: #8b949e; --mark: #574609; --half: #12161c; } }
 """
 STYLE = """
 svg { font: 12px system-ui, sans-serif; } svg text { fill: var(--ink); } svg .muted { fill: var(--muted); }
-svg .small { font-size: 10.5px; } svg .bold { font-weight: 700; } svg .end { text-anchor: end; }
-svg .mid { text-anchor: middle; } svg .line { stroke-width: 2; } svg .thin { stroke-width: 1; }
-svg .dash { stroke-dasharray: 5 3; }
+svg .small { font-size: 10.5px; } svg .tiny { font-size: 9.6px; } svg .bold { font-weight: 700; }
+svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
+svg .line { stroke-width: 2; } svg .thin { stroke-width: 1; } svg .dash { stroke-dasharray: 5 3; }
 svg .t-blue { fill: var(--blue); } svg .t-orange { fill: var(--orange); } svg .t-gold { fill: var(--gold-text); }
-svg .t-grey { fill: var(--muted); }
+svg .t-grey { fill: var(--muted); } svg .t-half { fill: var(--half); } svg .t-paper { fill: var(--paper); }
 svg .f-blue { fill: var(--blue); } svg .f-sky { fill: var(--sky); } svg .f-orange { fill: var(--orange); }
 svg .f-gold { fill: var(--gold); } svg .f-grey { fill: var(--grey); } svg .f-paper { fill: var(--paper); }
+svg .f-ink { fill: var(--ink); } svg .f-wash { fill: var(--wash); }
 svg .s-blue { stroke: var(--blue); } svg .s-orange { stroke: var(--orange); } svg .s-grey { stroke: var(--grey); }
 svg .s-gold { stroke: var(--gold); } svg .s-sky { stroke: var(--sky); } svg .s-ink { stroke: var(--ink); }
 svg .s-edge { stroke: var(--edge); } svg polyline { fill: none; }
@@ -70,23 +71,20 @@ def words(x: float, y: float, text: str, classes: str = "", hover: str = "") -> 
     return element("text", classes, hover, clean(text), x=x, y=y)
 
 
-def picture(height: float, alternative: str, parts: Iterable[str]) -> str:
+def picture(height: float, alternative: str, parts: Iterable[str], width: int = WIDTH) -> str:
     """The whole picture. alternative: what it shows, for those who cannot see it."""
-    size = f'viewBox="0 0 {WIDTH} {_attribute(height)}"'
+    size = f'viewBox="0 0 {width} {_attribute(height)}"'
     head = f'<svg {size} role="img" aria-label="{clean(alternative)}">'
     return head + "\n" + "\n".join(parts) + "\n</svg>"
 
 
 def standalone(svg: str) -> bytes:
-    """A picture as a file of its own, which follows the theme of whoever shows it."""
-    svg = svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{FILE_WIDTH}"', 1)
-    return svg.replace("\n", f"\n<style>{THEME}{STYLE}</style>\n", 1).encode("utf-8", "replace")
-
-
-def embedded(file: bytes) -> str:
-    """The inverse of standalone: the picture as part of a page that has the theme."""
-    return re.sub(
-        r'(<svg) xmlns="[^"]*" width="[^"]*"(.*?)\n<style>.*?</style>', r"\1\2", file.decode(), count=1, flags=re.DOTALL
+    """A picture as a file of its own, which follows the scheme of the browser, and is on paper of its own: a page may
+    have another theme than its browser."""
+    width = round(FILE_SCALE * int(svg.partition('viewBox="0 0 ')[2].partition(" ")[0]))
+    svg = svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}"', 1)
+    return svg.replace("\n", f"\n<style>{THEME}{STYLE}svg {{ background: var(--paper); }}</style>\n", 1).encode(
+        "utf-8", "replace"
     )
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import plot
 from seal_engine.cli.main import main
+from seal_engine.svg import standalone
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +44,12 @@ def test_every_block_is_there_once(page):
 def test_there_are_no_measured_figures_elsewhere(page):
     assert MEASURED.findall("it takes 63 s, 1.5x or 12% of 3.1") == ["63 s", "1.5", "12%", "3.1"]
     assert [line for line in outside_blocks(page.read_text()).splitlines() if MEASURED.search(line)] == []
+
+
+@pytest.mark.parametrize("name", plot.PICTURES)
+def test_pictures_show_what_is_recorded(name):
+    """`python benchmarks/plot.py` draws them anew, without a measurement."""
+    assert standalone(plot.PICTURES[name]()) == (plot.RESULTS / f"{name}.svg").read_bytes()
 
 
 def test_readme_is_short():

@@ -102,7 +102,7 @@ def read_result(ledger: Ledger) -> ContinualResult:
     steps = [entry for entry in metrics if "adapters" in entry]
     names = [name for name in (steps[0] if steps else {}) if name.endswith("_seconds")]
     seconds: dict[str, float] = {name.removesuffix("_seconds"): sum(entry[name] for entry in steps) for name in names}
-    seconds["everything"] = sum(taken for _, _, taken in ledger.steps())
+    seconds["everything"] = sum(taken for _, _, taken, _ in ledger.steps())
     trained = sum(entry["adapters"] for entry in steps)
     untrained = {"accuracy": row, **probed(UNTRAINED)}
     return ContinualResult(methods, untrained, config["sequences"], config["passages"], trained, seconds)

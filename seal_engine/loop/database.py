@@ -16,13 +16,14 @@ from seal_engine.files import show
 from seal_engine.loop.settings import rename_old
 from seal_engine.types import InputError, require
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x5EA1  # in the database's header: it is ours
 BUSY_SECONDS = 60.0  # how long to wait for someone who writes to the database by hand
 SCHEMA = """
 CREATE TABLE run (schema_version INTEGER NOT NULL, started TEXT NOT NULL, config TEXT NOT NULL);
 CREATE TABLE steps (
-    number INTEGER PRIMARY KEY, step TEXT NOT NULL UNIQUE, finished TEXT NOT NULL, seconds REAL NOT NULL
+    number INTEGER PRIMARY KEY, step TEXT NOT NULL UNIQUE, finished TEXT NOT NULL, seconds REAL NOT NULL,
+    cpu_seconds REAL
 );
 CREATE TABLE metrics (
     number INTEGER PRIMARY KEY, step TEXT NOT NULL REFERENCES steps (step), name TEXT NOT NULL,
@@ -39,21 +40,22 @@ CREATE TABLE trials (
     seed INTEGER NOT NULL, phase TEXT NOT NULL, context TEXT NOT NULL, "index" INTEGER NOT NULL,
     repeat INTEGER NOT NULL, train_seed INTEGER NOT NULL, num_steps INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
     final_loss REAL, final_loss_is_nan INTEGER NOT NULL DEFAULT 0, error TEXT,
-    answers TEXT NOT NULL, grades TEXT NOT NULL, seconds REAL NOT NULL,
+    answers TEXT NOT NULL, grades TEXT NOT NULL, seconds REAL NOT NULL, losses TEXT NOT NULL,
     PRIMARY KEY (seed, phase, context, "index", repeat)
 );
 CREATE TABLE policies (
     step TEXT NOT NULL REFERENCES steps (step),
     seed INTEGER NOT NULL, round INTEGER NOT NULL, path TEXT, kept TEXT NOT NULL, num_steps INTEGER NOT NULL,
     final_loss REAL, final_loss_is_nan INTEGER NOT NULL DEFAULT 0, seconds REAL NOT NULL,
+    losses TEXT NOT NULL,
     PRIMARY KEY (seed, round)
 );
 CREATE INDEX self_edits_step ON self_edits (step);
 CREATE INDEX trials_step ON trials (step);
 CREATE INDEX policies_step ON policies (step);
 """
-# From version 1, by way of SQLite's own renames.
-MIGRATION = """
+MIGRATIONS = {  # from a version to the next one
+    1: """
 ALTER TABLE units RENAME TO steps;
 ALTER TABLE steps RENAME COLUMN unit TO step;
 ALTER TABLE metrics RENAME COLUMN unit TO step;
@@ -68,7 +70,13 @@ CREATE INDEX self_edits_step ON self_edits (step);
 CREATE INDEX trials_step ON trials (step);
 CREATE INDEX policies_step ON policies (step);
 UPDATE metrics SET name = 'rejected' WHERE name = 'refused';
-"""
+""",
+    2: """
+ALTER TABLE steps ADD COLUMN cpu_seconds REAL;
+ALTER TABLE trials ADD COLUMN losses TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE policies ADD COLUMN losses TEXT NOT NULL DEFAULT '[]';
+""",
+}
 DISK_SPACE = "room on the disk (then run the same command again: it goes on from what is finished)"
 WRITABLE_DIRECTORY = "a directory that can be read and written"
 HINTS = {
@@ -122,10 +130,12 @@ def _drop_side_files(connection: sqlite3.Connection) -> None:
 
 def migrate(connection: sqlite3.Connection) -> None:
     """Bring a run of an earlier version up to date: tables, columns and the names of its settings."""
-    if schema_version(connection) == SCHEMA_VERSION:
+    version = schema_version(connection)
+    if version == SCHEMA_VERSION:
         return
     with transaction(connection):
-        _execute_all(connection, MIGRATION)
+        for earlier in range(version, SCHEMA_VERSION):
+            _execute_all(connection, MIGRATIONS[earlier])
         config = rename_old(json.loads(connection.execute("SELECT config FROM run").fetchone()[0]))
         connection.execute("UPDATE run SET schema_version = ?, config = ?", [SCHEMA_VERSION, json.dumps(config)])
 

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from seal_engine.loop.domain import Candidate, Prompt
-from seal_engine.loop.records import Trial
+from seal_engine.loop.records import Trial, loss_curve
 from seal_engine.model.adapters import Adapter
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.training.jobs import TrainJob, TrainResult
@@ -43,6 +43,7 @@ class TrialResult:
     answers: tuple[str, ...]
     grades: tuple[float | None, ...]
     seconds: float
+    losses: tuple[float, ...] = ()
 
 
 class Backend(Protocol):
@@ -108,7 +109,7 @@ class InnerLoop:
             answers, grades = answered.get(i, ((), ()))
             final_loss = result.losses[-1] if result.losses else None
             numbers = result.num_steps, result.num_tokens, final_loss
-            trials.append(TrialResult(*numbers, result.error, answers, grades, seconds))
+            trials.append(TrialResult(*numbers, result.error, answers, grades, seconds, loss_curve(result.losses)))
         return trials
 
     def train(self, jobs: Sequence[TrainJob | None]) -> list[TrainResult | None]:

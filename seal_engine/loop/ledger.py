@@ -35,7 +35,10 @@ _TABLES = {  # and what tells records apart, which is also their order
     Trial: ("trials", ("seed", "phase", "context", "index", "repeat")),
     PolicyUpdate: ("policies", ("seed", "round")),
 }
-JSON_COLUMNS = {"token_ids": tuple, "answers": tuple, "grades": tuple, "kept": lambda pairs: tuple(map(tuple, pairs))}
+JSON_COLUMNS = {
+    **dict.fromkeys(("token_ids", "answers", "grades", "losses"), tuple),
+    "kept": lambda pairs: tuple(map(tuple, pairs)),
+}
 
 
 class Ledger:
@@ -47,7 +50,7 @@ class Ledger:
         self.config: dict[str, Any] = json.loads(connection.execute("SELECT config FROM run").fetchone()[0])
         self._connection, self._writable = connection, writable
         self._resources = ExitStack()  # closed with the ledger
-        self._since = time.monotonic()
+        self._since = time.monotonic(), time.process_time()
         self._metrics_bytes = 0  # length of metrics.jsonl
 
     @classmethod
@@ -142,13 +145,14 @@ class Ledger:
         stored, or the disk is full. If only metrics.jsonl cannot be written the step is finished; open repairs it.
         """
         self._require_writable()
-        seconds = time.monotonic() - self._since
+        began, cpu_began = self._since
+        times = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu_began}
         key = to_column("step", step)
         with translate_errors(self.directory):
             with transaction(self._connection):
                 if self.finished(step):
                     raise InputError(f"{self.directory}: step {show(step)} is finished; accepted: each step once")
-                self._insert("steps", {"step": key, "finished": db.now(), "seconds": seconds}, step)
+                self._insert("steps", {"step": key, "finished": db.now()} | times, step)
                 for name, value in (metrics or {}).items():
                     require(name not in RESERVED, "metrics", name, f"other names than {' and '.join(RESERVED)}")
                     row = {"step": key, "name": to_column("metrics", name), "value": to_column(name, value)}
@@ -158,7 +162,7 @@ class Ledger:
                     if is_nan(vars(record).get("final_loss")):
                         row["final_loss_is_nan"] = 1
                     self._insert(_TABLES[type(record)][0], row, record)
-            self._since = time.monotonic()
+            self._since = time.monotonic(), time.process_time()
             if metrics:
                 self._append_metrics(step)
 
@@ -195,11 +199,12 @@ class Ledger:
         """When the run began (UTC, ISO 8601)."""
         return self._connection.execute("SELECT started FROM run").fetchone()[0]
 
-    def steps(self) -> list[tuple[str, str, float]]:
-        """(name, when it was finished, seconds that it took) of every step, in the order they were finished."""
+    def steps(self) -> list[tuple[str, str, float, float | None]]:
+        """(name, when it was finished, seconds that it took, CPU seconds of this process) of every step, in the order
+        they were finished. None: recorded before CPU time was."""
         with translate_errors(self.directory):
-            rows = self._connection.execute("SELECT step, finished, seconds FROM steps ORDER BY number")
-            return [(from_column(step), finished, seconds) for step, finished, seconds in rows]
+            rows = self._connection.execute("SELECT step, finished, seconds, cpu_seconds FROM steps ORDER BY number")
+            return [(from_column(step), *times) for step, *times in rows]
 
     def snapshot(self) -> dict[str, Any]:
         """All but times, as JSON: what two equal runs have in common. NaN and infinity are named by strings.

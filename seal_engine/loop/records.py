@@ -1,10 +1,14 @@
 """What a run records: self-edits, trials and policy updates, and the names of its phases and steps."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
 from typing import Self
 
 ROUND, EVALUATION, BASELINE = "round", "evaluation", "baselines"
+LOSS_POINTS = 16  # of a loss curve that is recorded
 _PHASE = re.compile(rf"({ROUND}|{EVALUATION}) (\d+)(?:, (.*))?", re.DOTALL)
 _STEP = re.compile(r"seed (\d+), (.*?)(?:, (writing|trials|accuracy)(?: (\d+))?)?", re.DOTALL)
 
@@ -89,6 +93,7 @@ class Trial:
     answers: tuple[str, ...]
     grades: tuple[float | None, ...]  # one per question; None where it could not be graded
     seconds: float  # wall time, shared evenly among the trials of a step
+    losses: tuple[float, ...] = ()  # see loss_curve; (): no training, or recorded before there were any
 
     @property
     def accuracy(self) -> float | None:
@@ -110,3 +115,14 @@ class PolicyUpdate:
     num_steps: int
     final_loss: float | None
     seconds: float
+    losses: tuple[float, ...] = ()  # see loss_curve
+
+
+def loss_curve(losses: Sequence[float]) -> tuple[float, ...]:
+    """The means of at most LOSS_POINTS equal parts of a training, in its order, to four digits.
+
+    losses: one per optimizer step, in nats per token. Few enough numbers to be kept of every adapter of a run.
+    """
+    parts = min(LOSS_POINTS, len(losses))
+    bounds = [len(losses) * i // parts for i in range(parts + 1)] if parts else []
+    return tuple(float(f"{fmean(losses[start:end]):.4g}") for start, end in pairwise(bounds))

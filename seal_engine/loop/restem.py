@@ -29,7 +29,7 @@ from seal_engine.loop.config import LoopConfig
 from seal_engine.loop.domain import Candidate, Domain
 from seal_engine.loop.inner import InnerLoop, derive_seed
 from seal_engine.loop.ledger import Ledger
-from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, PolicyUpdate, SelfEdit
+from seal_engine.loop.records import BASELINE, EVALUATION, ROUND, Phase, PolicyUpdate, SelfEdit, loss_curve
 from seal_engine.loop.selection import Key, rewards_of, select
 from seal_engine.loop.steps import CheckpointedSteps
 from seal_engine.model.adapters import Adapter
@@ -187,7 +187,8 @@ class ReSTEM:
             losses, path = result.losses, str(directory.relative_to(self.ledger.directory))
         names = tuple((edit.context, edit.index) for edit in kept)
         seconds, final_loss = perf_counter() - start, losses[-1] if losses else None
-        policy = PolicyUpdate(self.seed, round_number, path, names, len(losses), final_loss, seconds)
+        numbers = len(losses), final_loss, seconds, loss_curve(losses)
+        policy = PolicyUpdate(self.seed, round_number, path, names, *numbers)
         given = [reward for reward in rewards.values() if reward is not None]
         if given and not any(given):
             self.log(_nothing_rewarded(f"seed {self.seed}, {phase}", len(given), len(kept)))

@@ -7,6 +7,11 @@ from seal_engine.loop.ledger import Ledger
 from seal_engine.report.html import NONE, date, document, duration, figure, number, percent, table
 from seal_engine.svg import clean
 
+TERMS = (
+    "An <strong>edit</strong> teaches the model one passage, by training on a self-edit: a text that the model has "
+    "written about it. Edits come one after another, and after each of them all passages so far are asked about again. "
+    "A <strong>method</strong> is a way to learn an edit without losing those before."
+)
 CAPTIONS = {
     "forgetting": "Row 0 is the untrained model. A column is a passage, learned in the row of its number.",
     "age": "",
@@ -16,7 +21,7 @@ CAPTIONS = {
 
 def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[str, str], settings: str) -> str:
     """The page as HTML. settings: its last section."""
-    shown = [figure(pictures[name], caption) for name, caption in CAPTIONS.items() if name in pictures]
+    shown = {name: figure(pictures[name], caption) for name, caption in CAPTIONS.items() if name in pictures}
     facts = [
         ("began", date(ledger.started)),
         ("sequences and passages", f"{result.sequences} x {result.passages}, {len(ledger.config['seeds'])} seeds"),
@@ -26,10 +31,12 @@ def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[st
     return document(
         continual_claim(result),
         [
-            "<h2>Run</h2>\n" + table(("", ""), facts),
+            f"<p>{TERMS}</p>",
+            shown.pop("forgetting", ""),
             "<h2>What is learned and what is kept</h2>\n" + _measures(result),
-            "<h2>Pictures</h2>\n" + "".join(shown),
+            "".join(shown.values()),
             "<h2>What else has changed</h2>\n" + _probes(result),
+            "<h2>Run</h2>\n" + table(("", ""), facts),
             "<h2>Settings</h2>\n" + settings,
         ],
     )

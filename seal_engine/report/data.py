@@ -59,6 +59,7 @@ class FinishedStep:
     name: str
     finished: str  # UTC, ISO 8601
     seconds: float
+    cpu_seconds: float | None  # None: recorded before CPU time was
     stage: str  # "baselines", "round 1", "evaluation 1"
     part: str  # one of PARTS
 
@@ -80,7 +81,8 @@ class RunData:
             self.edits[edit.seed, edit.phase].append(edit)
         self.started = ledger.started
         self.steps = [
-            FinishedStep(name, finished, seconds, *_stage_and_part(name)) for name, finished, seconds in ledger.steps()
+            FinishedStep(name, finished, seconds, cpu_seconds, *_stage_and_part(name))
+            for name, finished, seconds, cpu_seconds in ledger.steps()
         ]
 
     @cached_property
@@ -177,6 +179,17 @@ class RunData:
                     found.setdefault((seed, phase, trial.repeat, one), trial)
         return list(found.values())
 
+    @cached_property
+    def adapter_losses(self) -> dict[str, list[tuple[float, ...]]]:
+        """Round -> loss curve of each adapter that was trained on one of its self-edits, and stayed finite."""
+        phases = [(Phase.parse(trial.phase), trial) for trial in self.adapters]
+        return _curves((phase.round, t.losses) for phase, t in phases if phase.stage == ROUND and not phase.method)
+
+    @cached_property
+    def policy_losses(self) -> dict[str, list[tuple[float, ...]]]:
+        """Round -> loss curve of each seed's policy update."""
+        return _curves((policy.round, policy.losses) for policy in self.policies)
+
     @property
     def seconds_by_stage(self) -> dict[str, dict[str, float]]:
         """Stage -> part -> seconds over seeds, stages in the order in which a seed goes through them."""
@@ -185,6 +198,14 @@ class RunData:
             parts = found.setdefault(step.stage, dict.fromkeys(PARTS, 0.0))
             parts[step.part] += step.seconds
         return dict(sorted(found.items(), key=lambda item: _stage_order(item[0])))
+
+    @property
+    def cpu_seconds_by_stage(self) -> dict[str, float | None]:
+        """Stage -> CPU seconds over seeds; None where a step of the stage lacks them."""
+        found: dict[str, list[float | None]] = {stage: [] for stage in self.seconds_by_stage}
+        for step in self.steps:
+            found[step.stage].append(step.cpu_seconds)
+        return {stage: None if None in own else sum(finite(own)) for stage, own in found.items()}
 
     @property
     def num_seeds(self) -> int:
@@ -205,6 +226,15 @@ class RunData:
         phases = [Phase(ROUND, r) for r in range(1, rounds + 1)] + [Phase(EVALUATION, r) for r in range(rounds + 1)]
         names = {step.name for step in self.steps}
         return sum(str(Step(s, phase)) in names for s in seeds for phase in phases), len(seeds) * len(phases)
+
+
+def _curves(losses: Iterable[tuple[int, tuple[float, ...]]]) -> dict[str, list[tuple[float, ...]]]:
+    """The name of a round -> its curves, rounds in their order."""
+    found: dict[int, list[tuple[float, ...]]] = defaultdict(list)
+    for number, curve in losses:
+        if curve and len(finite(curve)) == len(curve):
+            found[number].append(curve)
+    return {f"round {number}": own for number, own in sorted(found.items())}
 
 
 def _stage_and_part(name: str) -> tuple[str, str]:

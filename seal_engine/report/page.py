@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from seal_engine.domains.few_shot.puzzle_picture import saved
+from seal_engine.domains.few_shot import puzzle_picture
 from seal_engine.domains.few_shot.task import FewShotConfig
 from seal_engine.files import replace_file
 from seal_engine.loop.continual_results import read_result
@@ -19,7 +19,7 @@ from seal_engine.report import plots
 from seal_engine.report.claim import certainty, claim, is_over
 from seal_engine.report.continual_page import continual_page
 from seal_engine.report.continual_plots import draw_continual
-from seal_engine.report.data import PARTS, RunData, mean
+from seal_engine.report.data import PARTS, RunData, finite, mean
 from seal_engine.report.examples import SCRIPT, browser, examples
 from seal_engine.report.html import (
     NONE,
@@ -58,6 +58,13 @@ TERMS = {  # task's configuration -> what its self-edits are
 }
 
 
+LOSSES = (
+    '<p class="note">A line goes through the medians of all adapters of a round, or of the updates of all seeds; its '
+    "band has 80% of them. A loss that falls says that a text was learned, not that it was worth learning: that is "
+    "what rewards are for.</p>\n"
+)
+
+
 def write_report(directory: Path) -> Path:
     """Write report.html, and an SVG of each picture, into a run's directory; returns the page. The run may go on.
 
@@ -69,11 +76,13 @@ def write_report(directory: Path) -> Path:
         data = RunData(ledger)
         measured = rows(ledger)
     rounds = judged_rounds(data)
-    pictures = _draw(data, rounds)
+    pictures, puzzles = _draw(data, rounds), puzzle_picture.read_puzzles(directory / puzzle_picture.FILE)
+    if puzzles:
+        pictures["puzzles"] = puzzle_picture.draw(puzzles)
     for name, picture in pictures.items():
         replace_file(directory / f"{name}.svg", standalone(picture))
     # A model can write half a surrogate pair, which no file of text can hold.
-    content = _page(data, measured, rounds, pictures, saved(directory)).encode("utf-8", "replace")
+    content = _page(data, measured, rounds, pictures).encode("utf-8", "replace")
     return replace_file(directory / PAGE, content)
 
 
@@ -97,8 +106,10 @@ def _draw(data: RunData, rounds: Sequence[RoundRewards]) -> dict[str, str]:
         pictures["contexts"] = plots.contexts(data.pairs)
     if any(one.rewarded for one in rounds):
         pictures["rewards"] = plots.rewards(rounds)
+    if data.adapter_losses or data.policy_losses:
+        pictures["losses"] = plots.losses(data.adapter_losses, data.policy_losses)
     if any(sum(parts.values()) > 0 for parts in data.seconds_by_stage.values()):
-        pictures["time"] = plots.time(data.seconds_by_stage)
+        pictures["time"] = plots.time(data.seconds_by_stage, data.cpu_seconds_by_stage)
     return pictures
 
 
@@ -107,23 +118,24 @@ def _page(
     measured: Sequence[Row],
     rounds: Sequence[RoundRewards],
     pictures: dict[str, str],
-    puzzles: str | None,
 ) -> str:
     images = {name: figure(picture) for name, picture in pictures.items()}
-    note = "Puzzles of the first seed: those gained, solved all along, never solved and lost, some of each."
-    shown = "" if puzzles is None else figure(puzzles, note)
+    if "puzzles" in images:
+        images["puzzles"] += '<p class="note">Of the first seed: some puzzles of each outcome.</p>\n'
     task = str(data.config.get("task", "run"))
     model = Path(str(data.config.get("model", ""))).name
     kind = "few-shot" if task in TASKS and TASKS[task].config is FewShotConfig else "knowledge"
+    losses = images["losses"] + LOSSES if "losses" in images else "<p>No losses are recorded.</p>"
     title = claim(data, rounds)
     evaluations = judged_rounds(data, EVALUATION)
     sections = [
         _headline(data),
         f'<div class="beside">{images.get("accuracy", "")}<div>{_accuracy(data, measured)}</div></div>',
         f"<p>{TERMS[kind]}</p>",
-        f"<h2>Examples</h2>\n{shown}{examples(data)}",
+        f"<h2>Examples</h2>\n{images.get('puzzles', '')}{examples(data)}",
         f"<h2>All self-edits</h2>\n{browser([*rounds, *evaluations], data.contexts)}",
         f"<h2>Rewards, and what was kept</h2>\n{images.get('rewards', '')}{_kept(data, rounds)}",
+        f"<h2>Training losses</h2>\n{losses}",
         f"<h2>Held-out contexts, before and after</h2>\n{images.get('contexts', '')}{_contexts(data)}",
         f"<h2>Time and cost</h2>\n{images.get('time', '')}{_cost(data)}",
         f"<h2>Settings</h2>\n{settings_section(data.config)}",
@@ -239,6 +251,15 @@ def _round_line(one: RoundRewards) -> tuple[str, ...]:
     return (*map(str, counts), *map(percent, rewards), *(f"{median(own):g}" if own else NONE for own in tokens))
 
 
+def _cpu_time(data: RunData) -> str:
+    """Of the whole run, and how many cores that is."""
+    wall, cpu = sum(step.seconds for step in data.steps), [step.cpu_seconds for step in data.steps]
+    if None in cpu or not wall:
+        return "not recorded"
+    own = sum(finite(cpu))
+    return f"{duration(own)} in this process: {own / wall:.2g} cores at work on average"
+
+
 def _cost(data: RunData) -> str:
     if not data.steps:
         return "<p>Nothing has been finished yet.</p>"
@@ -251,6 +272,7 @@ def _cost(data: RunData) -> str:
         ("begun", date(data.started)),
         ("last recorded", date(data.steps[-1].finished)),
         ("time at work", duration(sum(step.seconds for step in data.steps))),
+        ("CPU time", _cpu_time(data)),
         ("adapters trained", f"{len(adapters):,}, and {updates} policy updates"),
         ("tokens trained on", f"{tokens:,} by adapters, all epochs together"),
         ("tokens written", f"{sum(len(edit.token_ids) for edit in edits):,} in {len(edits):,} self-edits"),
@@ -260,9 +282,14 @@ def _cost(data: RunData) -> str:
     stages = data.seconds_by_stage
     lines = [(stage, [own[part] for part in PARTS]) for stage, own in stages.items()]
     sums = [sum(own[part] for own in stages.values()) for part in PARTS]
-    shown = [[name, *map(duration, own), duration(sum(own))] for name, own in [*lines, ("all", sums)]]
+    cpu = data.cpu_seconds_by_stage
+    cpu["all"] = None if None in cpu.values() else sum(finite(cpu.values()))
+    shown = [
+        [name, *map(duration, own), duration(sum(own)), NONE if cpu[name] is None else duration(cpu[name] or 0.0)]
+        for name, own in [*lines, ("all", sums)]
+    ]
     if sum(sums) > 0:
-        shown.append(["share", *(f"{100 * value / sum(sums):.0f}%" for value in (*sums, sum(sums)))])
+        shown.append(["share", *(f"{100 * value / sum(sums):.0f}%" for value in (*sums, sum(sums))), ""])
     cost = [
         (name, f"{len(own):,}", number(mean(t.seconds for t in own)), number(mean(float(t.num_tokens) for t in own)))
         for name, own in (
@@ -271,9 +298,10 @@ def _cost(data: RunData) -> str:
         )
     ]
     note = (
-        "Over all seeds. The time of work that an interruption undid is not in it. Trials with the same self-edit and "
+        "Over all seeds. The time of work that an interruption undid is not in it. Where CPU time is less than in like "
+        "stages, others had the machine's cores, or the run waited. Trials with the same self-edit and "
         "seed share an adapter, so that there are more trials than adapters."
     )
-    tables = table(("stage", *PARTS, "all"), shown, range(1, len(PARTS) + 2))
+    tables = table(("stage", *PARTS, "all", "CPU time"), shown, range(1, len(PARTS) + 3))
     tables += table(("trials", "count", "seconds each", "tokens trained on, each"), cost, (1, 2, 3))
     return table(("", ""), facts) + fold("By stage, and each", tables) + f'<p class="note">{note}</p>\n'

@@ -31,6 +31,7 @@ def accuracy(
     baselines: Mapping[str, Mapping[int, float]],
     num_seeds: Mapping[str, int],
     title: str = "Accuracy on held-out contexts by round, in percent",
+    subtitle: str = "",
 ) -> str:
     """Accuracy by round, a point for each seed and a line through their means; baselines as dashed lines.
 
@@ -41,7 +42,7 @@ def accuracy(
     every = [value for rounds in lines.values() for own in rounds.values() for value in own.values()]
     levels = {name: fmean(own.values()) for name, own in baselines.items() if own}
     top = 100 * min(1.0, 1.12 * max([*every, *levels.values(), 0.04]))
-    left, right, upper, lower = 30, 254, 38, 236
+    left, right, upper, lower = 38, 256, (54 if subtitle else 38), (252 if subtitle else 236)
     numbers = sorted({number for rounds in lines.values() for number in rounds})
     gap = (right - left - 30) / max(1, len(numbers) - 1)
     x = {number: left + 16 + i * gap for i, number in enumerate(numbers)}
@@ -49,11 +50,11 @@ def accuracy(
     def y(value: float) -> float:
         return lower - 100 * value / top * (lower - upper)
 
-    parts = [words(0, 14, title, "bold")]
+    parts = [words(0, 14, title, "bold"), words(0, 31, subtitle, "muted small")]
     step = axis_step(top)
     for i in range(int(top / step + 1e-9) + 1):
         parts.append(line(left, y(i * step / 100), right, y(i * step / 100), "s-edge thin"))
-        parts.append(words(left - 6, y(i * step / 100) + 4, f"{i * step:g}", "muted end small"))
+        parts.append(words(left - 6, y(i * step / 100) + 4, f"{i * step:g}%", "muted end small"))
     every_tick = -(-len(numbers) // MOST_TICKS)
     for i, number in enumerate(numbers):
         if i % every_tick == 0 or i == len(numbers) - 1:
@@ -74,7 +75,8 @@ def accuracy(
     places = spread([label[0] for label in labels], 15, upper, lower)
     for place, (wanted, name, level, classes, hover) in zip(places, labels, strict=True):
         parts.append(line(right + 2, wanted, right + 12, place, "s-edge thin"))
-        parts.append(words(right + 15, place + 4, f"{100 * level:.1f} {cut_name(name, 23)}", f"{classes} small", hover))
+        shown = cut_name(name, 23 if classes else 25)  # bold letters are wider
+        parts.append(words(right + 15, place + 4, f"{100 * level:.1f} {shown}", f"{classes} small", hover))
     return picture(lower + 26, f"{title}: {_spoken(lines, levels)}", parts)
 
 
@@ -211,23 +213,80 @@ def rewards(rounds: Sequence[RoundRewards]) -> str:
     return picture(lower + 20, f"Rewards of self-edits by round: {said}", parts)
 
 
-def time(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """Seconds of each stage, by what they were spent on."""
+def losses(adapters: Mapping[str, Sequence[Sequence[float]]], policy: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """Training losses over the course of a training, of the adapters of each round and of the policy's updates.
+
+    Name of a line -> curves of any lengths (see loss_curve). A line goes through medians; most curves are in its band.
+    """
+    panels = [("adapters", adapters), ("the policy", policy)]
+    drawn = [_loss_panel(30 + 222 * i, title, lines) for i, (title, lines) in enumerate(panels) if lines]
+    parts = [words(0, 14, "Training loss from the first step to the last, nats per token", "bold")]
+    return picture(212, "Training losses of adapters and of the policy", [*parts, *(p for own in drawn for p in own)])
+
+
+def _loss_panel(left: float, title: str, lines: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
+    """Lines on a scale of their own, from a loss of 0 to the top of the highest band; the first and the last ones."""
+    right, upper, lower, labels = left + 104, 48, 190, []
+    names = [*lines][:1] + [*lines][1:][1 - len(LOOKS) :]
+    bands = {name: [_quantiles(lines[name], share) for share in (0.1, 0.5, 0.9)] for name in names}
+    top = 1.05 * max([1e-3, *(max(high) for _, _, high in bands.values())])
+
+    def points(losses: Sequence[float]) -> list[str]:
+        gap = (right - left) / max(1, len(losses) - 1)
+        return [f"{left + i * gap:.1f},{lower - loss / top * (lower - upper):.1f}" for i, loss in enumerate(losses)]
+
+    parts, step = [words(left, upper - 14, title, "small")], axis_step(top)
+    for i in range(int(top / step + 1e-9) + 1):
+        y = lower - i * step / top * (lower - upper)
+        parts.append(line(left, y, right, y, "s-edge thin"))
+        parts.append(words(left - 6, y + 4, f"{i * step:g}", "muted end small"))
+    parts += [words(left, lower + 16, "first", "muted small"), words(right, lower + 16, "last", "muted end small")]
+    for colour, (name, (low, middle, high)) in zip(LOOKS, bands.items(), strict=False):
+        hover = f"{name}: {middle[0]:.3g} to {middle[-1]:.3g}, median of {len(lines[name])}"
+        band = " ".join([*points(high), *reversed(points(low))])
+        parts.append(element("polygon", f"f-{colour}", hover, points=band, fill_opacity=0.15))
+        parts.append(element("polyline", f"line s-{colour}", hover, points=" ".join(points(middle))))
+        end = lower - middle[-1] / top * (lower - upper)
+        labels.append((end, f"{middle[-1]:.2f} {name}", f"bold small t-{colour}", hover))
+    labels.sort()
+    places = spread([label[0] for label in labels], 14, upper, lower)
+    for place, (_, text, classes, hover) in zip(places, labels, strict=True):
+        parts.append(words(right + 6, place + 4, text, classes, hover))
+    return parts
+
+
+def _quantiles(curves: Sequence[Sequence[float]], share: float) -> list[float]:
+    """The quantile of the curves at each point of the longest one; the others are stretched to its length."""
+    length = max(map(len, curves))
+    points = []
+    for i in range(length):
+        values = sorted(curve[i * len(curve) // length] for curve in curves)
+        points.append(values[round(share * (len(values) - 1))])
+    return points
+
+
+def time(seconds: Mapping[str, Mapping[str, float]], cpu_seconds: Mapping[str, float | None]) -> str:
+    """Seconds of each stage, by what they were spent on, and CPU seconds below, where they are known."""
     looks = dict(zip(PARTS, ("f-sky", "f-blue", "f-gold", "f-grey"), strict=True))
     whole = sum(sum(parts.values()) for parts in seconds.values())
-    longest = max(sum(parts.values()) for parts in seconds.values())
+    known = {stage: cpu for stage, cpu in cpu_seconds.items() if cpu is not None}
+    longest = max([*(sum(parts.values()) for parts in seconds.values()), *known.values()])
     unit, divisor = next(
         (u, d) for u, d in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest >= 2 * d or d == 1
     )
     parts, start = [words(0, 14, f"Time by stage and part, {unit}", "bold")], 0.0
-    left, right, upper = 84, WIDTH - 40, 62
+    left, right, upper, row_height = 84, WIDTH - 40, (78 if known else 62), (25 if known else 20)
     for i, (part, look) in enumerate(looks.items()):
         share = sum(own[part] for own in seconds.values()) / whole
         column, row = i % 2, i // 2
         parts.append(bar(column * 210, 22 + 16 * row, 10, 10, look))
         parts.append(words(column * 210 + 15, 31 + 16 * row, f"{part} {share:.0%}", "small"))
+    if known:
+        wall = sum(sum(seconds[stage].values()) for stage in known)
+        cores = f"{sum(known.values()) / wall:.2g} cores" if wall else "no time"
+        parts += [bar(0, 58, 10, 4, "f-ink"), words(15, 63, f"CPU time of this process, {cores} on average", "small")]
     for row, (stage, own) in enumerate(seconds.items()):
-        start, place = left, upper + 20 * row
+        start, place = left, upper + row_height * row
         parts.append(words(left - 8, place + 11, stage, "end small"))
         for part, look in looks.items():
             width = own[part] / longest * (right - left)
@@ -236,4 +295,7 @@ def time(seconds: Mapping[str, Mapping[str, float]]) -> str:
                 parts.append(bar(start, place, width, 14, look, hover))
             start += width
         parts.append(words(start + 5, place + 11, f"{sum(own.values()) / divisor:.3g}", "small"))
-    return picture(upper + 20 * len(seconds) + 4, f"Time by stage: {whole / divisor:.3g} {unit} in all", parts)
+        if stage in known:
+            hover = f"{stage}: {known[stage] / divisor:.3g} {unit} of CPU time"
+            parts.append(bar(left, place + 15, known[stage] / longest * (right - left), 4, "f-ink", hover))
+    return picture(upper + row_height * len(seconds) + 4, f"Time by stage: {whole / divisor:.3g} {unit} in all", parts)

@@ -554,7 +554,7 @@ def test_newer_schema(run):
         connection.execute("UPDATE run SET schema_version = schema_version + 1")
     before = snapshot(run)
     for opened in (lambda: Ledger.read(run), lambda: Ledger.open(run, CONFIG)):
-        with pytest.raises(InputError, match=r"schema_version: found 3; accepted: 1 to 2, or a newer seal_engine"):
+        with pytest.raises(InputError, match=r"schema_version: found 4; accepted: 1 to 3, or a newer seal_engine"):
             opened()
     assert before[DATABASE] == snapshot(run)[DATABASE]
     with closing(sqlite3.connect(run / DATABASE, isolation_level=None)) as connection:
@@ -620,51 +620,3 @@ def test_replace_directory(run):
     Ledger.open(run, CONFIG).close()
     assert sorted(path.name for path in run.iterdir()) == [LOCK, DATABASE, METRICS, "policies"]
     assert list((run / "policies").iterdir()) == [final]
-
-
-VERSION_1 = """
-ALTER TABLE steps RENAME COLUMN step TO unit;
-ALTER TABLE steps RENAME TO units;
-ALTER TABLE metrics RENAME COLUMN step TO unit;
-ALTER TABLE self_edits RENAME COLUMN step TO unit;
-ALTER TABLE self_edits RENAME COLUMN rejected TO refused;
-ALTER TABLE trials RENAME COLUMN step TO unit;
-ALTER TABLE policies RENAME COLUMN step TO unit;
-DROP INDEX self_edits_step;
-DROP INDEX trials_step;
-DROP INDEX policies_step;
-CREATE INDEX self_edits_unit ON self_edits (unit);
-CREATE INDEX trials_unit ON trials (unit);
-CREATE INDEX policies_unit ON policies (unit);
-UPDATE metrics SET name = 'refused' WHERE name = 'rejected';
-"""
-
-
-def test_a_run_of_the_first_version_goes_on(tmp_path):
-    """Reading leaves it as it was; going on with it brings tables, metrics and names of settings up to date."""
-    config, old = {"trials_per_step": 9, "rounds": 2}, {"trials_a_unit": 9, "rounds": 2}
-    with Ledger.open(tmp_path / "run", config) as ledger:
-        rejected = replace(EDIT, rejected="no text")
-        ledger.finish("one", self_edits=[rejected], trials=[TRIAL], metrics={"rejected": 1, "accuracy": 0.5})
-        expected, columns = ledger.snapshot(), schema(tmp_path / "run")
-    with closing(sqlite3.connect(tmp_path / "run" / DATABASE, isolation_level=None)) as connection:
-        connection.executescript(VERSION_1)
-        connection.execute("UPDATE run SET schema_version = 1, config = ?", [json.dumps(old)])
-    before = snapshot(tmp_path / "run")
-    with Ledger.read(tmp_path / "run") as ledger:
-        assert ledger.snapshot() == expected
-    assert before[DATABASE] == snapshot(tmp_path / "run")[DATABASE]
-    for _ in range(2):
-        with Ledger.open(tmp_path / "run", config) as ledger:
-            assert ledger.finished("one")
-            assert ledger.snapshot() == expected
-    assert schema(tmp_path / "run") == columns
-
-
-def schema(directory: Path) -> list[tuple[str, str]]:
-    """(table, column) of a run's database, and its indexes."""
-    with closing(sqlite3.connect(directory / DATABASE)) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        columns = [(t, row[1]) for t in sorted(tables) for row in connection.execute(f"PRAGMA table_info({t})")]
-        query = "SELECT tbl_name, name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY name"
-        return columns + list(connection.execute(query))

@@ -4,6 +4,7 @@ Without a browser on this machine these tests are skipped; what the pages consis
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to look at pages with"),
     pytest.mark.xdist_group("browser"),
 ]
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 LOOKS = [(width, scheme) for width in (1300, 400) for scheme in ("light", "dark")]
 # Every text's contrast with what is behind it by WCAG; texts of less than 4.5 (3 if they are large) are returned.
 CONTRASTS = """(() => {
@@ -103,6 +105,25 @@ def test_writing_in_pictures_is_large_enough(browser, pages, width):
       const own = e.getBoundingClientRect(), all = e.ownerSVGElement.getBoundingClientRect();
       return own.left < all.left - 8 || own.right > all.right + 8; }}).map(e => e.textContent)"""
     assert browser.evaluate(outside) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.svg")), ids=lambda file: file.stem)
+def test_pictures_of_readme_are_whole_and_follow_the_theme(browser, file, scheme):
+    """As an image at most 830 pixels wide, GitHub's column: no text is cut off, none is smaller than 11 pixels, and
+    text and paper have the colours of the scheme: also in a page of the other one, text can be read."""
+    browser.open(file, 830, scheme)
+    texts = "[...document.querySelectorAll('text')]"
+    edges = (
+        f"{texts}.filter(e => e.getBBox().x < -1 || e.getBBox().x + e.getBBox().width > svg.viewBox.baseVal.width + 1)"
+    )
+    assert browser.evaluate(f"(svg => {edges}.map(e => e.textContent))(document.documentElement)") == []
+    sizes = f"{texts}.map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)"
+    assert min(browser.evaluate(sizes)) >= 11
+    title = browser.evaluate("getComputedStyle(document.querySelector('text.bold')).fill")
+    paper = browser.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    on_paper = {"light": ("rgb(27, 31, 36)", "rgb(255, 255, 255)"), "dark": ("rgb(230, 237, 243)", "rgb(18, 22, 28)")}
+    assert (title, paper) == on_paper[scheme]
 
 
 def test_findings_are_said(browser, pages):

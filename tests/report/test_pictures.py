@@ -7,7 +7,7 @@ import pytest
 
 from seal_engine.report import plots
 from seal_engine.report.data import Pairs
-from seal_engine.svg import STYLE, THEME, axis_step, embedded, num_shared_words, spread, standalone
+from seal_engine.svg import STYLE, THEME, axis_step, num_shared_words, spread, standalone
 
 SVG = "{http://www.w3.org/2000/svg}"
 WHOLE = {"self-edits": {0: {0: 0.2, 1: 0.4}, 1: {0: 0.5, 1: 0.7}}}
@@ -65,11 +65,25 @@ def test_contexts_are_better_worse_or_the_same():
 
 
 def test_time_has_the_seconds_of_every_part():
-    svg = plots.time({"round 1": {"writing": 30.0, "training and asking": 90.0, "policy update": 0.0, "the rest": 0.0}})
+    seconds = {"round 1": {"writing": 30.0, "training and asking": 90.0, "policy update": 0.0, "the rest": 0.0}}
+    svg = plots.time(seconds, {"round 1": None})
     hovers = [e.findtext(f"{SVG}title") for e in parsed(svg) if e.tag == f"{SVG}rect"]
     assert [hover for hover in hovers if hover] == [
         "round 1, writing: 0.5 minutes", "round 1, training and asking: 1.5 minutes",
     ]  # fmt: skip
+    svg = plots.time(seconds, {"round 1": 180.0})
+    assert "round 1: 3 minutes of CPU time" in [e.findtext(f"{SVG}title") for e in parsed(svg)]
+    assert "CPU time of this process, 1.5 cores on average" in lines_of(svg)
+
+
+def test_losses_go_through_medians():
+    """Of three curves of lengths 2, 2 and 1: medians 3 and 2 (the short one is stretched); panels have their own scale,
+    so the adapters' spread does not flatten the policy's line."""
+    svg = plots.losses({"round 1": [(9.0, 1.0), (3.0, 2.0), (2.5,)]}, {"round 1": [(0.3, 0.2)]})
+    hovers = [e.findtext(f"{SVG}title") for e in parsed(svg) if e.tag == f"{SVG}polyline"]
+    assert hovers == ["round 1: 3 to 2, median of 3", "round 1: 0.3 to 0.2, median of 1"]
+    texts = lines_of(svg)
+    assert {"2.00 round 1", "0.20 round 1", "8", "0.3"} <= set(texts)
 
 
 def contrast(one, other):
@@ -100,9 +114,9 @@ def test_colours_can_be_told_from_what_they_stand_on(scheme):
 
 def test_colours_are_the_theme_s_alone():
     """Whoever shows the picture may be in dark: a fixed colour would be a slab there."""
-    for svg in (plots.accuracy(WHOLE, BASELINES, SEEDS), plots.contexts(Pairs(1, [0], {"a": 0.2}, {"a": 0.8}, 0))):
+    shown = [plots.accuracy(WHOLE, BASELINES, SEEDS), plots.contexts(Pairs(1, [0], {"a": 0.2}, {"a": 0.8}, 0))]
+    for svg in [*shown, plots.losses({"round 1": [(0.3, 0.2)]}, {})]:
         assert not re.search(r"#[0-9a-fA-F]{3,6}\b|rgb|white|black", svg)
-        assert embedded(standalone(svg)) == svg
 
 
 def test_names_that_would_overlap_are_moved_apart():

@@ -26,7 +26,7 @@ from seal_engine.report.self_edits import KEPT, NOT_KEPT, judged_rounds
 from seal_engine.runs import rows
 from seal_engine.types import InputError
 
-PICTURES = ["accuracy", "contexts", "rewards", "time"]
+PICTURES = ["accuracy", "contexts", "losses", "rewards", "time"]
 NASTY = "<script>alert('x')</script> & \"quotes\" </pre> \x1b[31m \x00 \u202e עברית 🙂 $\\frac{1}{2}$"
 
 
@@ -34,7 +34,7 @@ TAGS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "h4", "small", "p", "strong", "b", "table",
     "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "details", "summary", "pre", "div", "section",
     "article", "label", "select", "option", "input", "span", "mark", "u", "script", "a", "svg", "line", "circle",
-    "rect", "text",
+    "rect", "text", "polyline", "polygon",
 }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_goes_on(tmp_path, lines):
     with Ledger.open(tmp_path / "run", SETTINGS | asdict(config)):
         page = Page(write_report(tmp_path / "run"))
     assert "The run is not over" in page.text
-    assert page.tags["h2"] == 7
+    assert page.tags["h2"] == 8
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
 
 

@@ -8,11 +8,11 @@ from learning import learn_with_control
 from seal_engine import Engine, runs
 from seal_engine.cli.main import main
 from seal_engine.domains.few_shot.arc import Example, Task
-from seal_engine.domains.few_shot.puzzle_picture import OF_EACH, Answered, choose, draw
+from seal_engine.domains.few_shot.puzzle_picture import FILE, OF_EACH, Answered, choose, draw, read_puzzles
 from seal_engine.domains.few_shot.task import FewShotConfig
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.settings import make
-from seal_engine.svg import embedded, standalone
+from seal_engine.svg import standalone
 from seal_engine.tiny import puzzle_demo
 from seal_engine.tiny.puzzles import PUZZLE_MODEL
 
@@ -58,9 +58,8 @@ def test_the_choice_of_a_directive_matters(finished):
 def test_a_small_run(finished):
     """Its page shows puzzles; the same command again changes nothing; the choice shown is what the ledger says."""
     page = (finished / "report.html").read_bytes()
-    assert b"Held-out puzzles with the answers" in page
+    assert b"Held-out puzzles: what is shown" in page
     picture = (finished / "puzzles.svg").read_bytes()
-    assert embedded(picture).encode() in page
     assert main(["run", "puzzle-miniature", "--out", str(finished), *SMALL, "--quiet"]) == 0
     assert (finished / "report.html").read_bytes() == page
     assert (finished / "puzzles.svg").read_bytes() == picture
@@ -70,6 +69,7 @@ def test_a_small_run(finished):
         chosen = choose(domain, ledger)
         trials = {t.context: t for t in ledger.trials(0, "evaluation 1, self-edits")}
     assert 0 < len(chosen) <= 4 * OF_EACH
+    assert draw(read_puzzles(finished / FILE)) == draw(chosen)
     for one in chosen:
         assert list(one.elected) == ["in context", "before any round", "after round 1"]
         grades = trials[f"held out {one.task.name}"].grades  # none where the self-edit was refused
@@ -84,8 +84,13 @@ def test_grids_of_all_kinds_are_drawn():
         Answered(Task("two 2", (Example(wide, GRID),), (Example(GRID, wide),)), {"in context": None}),
     ]
     ElementTree.fromstring(standalone(draw(puzzles)))
-    assert "in context ✓" in draw(puzzles)
-    assert "in context ✗" in draw(puzzles)
+    assert "✓ in context" in draw(puzzles)
+    assert "✗ in context" in draw(puzzles)
+    for before, after, outcome in ((0, 1, "solved only after training"), (1, 0, "solved before, lost in training"),
+                                   (1, 1, "solved before and after"), (0, 0, "not solved")):  # fmt: skip
+        grids = [GRID if right else None for right in (before, after)]
+        elected = dict(zip(("before any round", "after round 1"), grids, strict=True))
+        assert f">1: {outcome}</text>" in draw([Answered(puzzles[0].task, elected)])
     assert "no grid" in draw(puzzles)
     assert draw(puzzles) == draw(puzzles)
     assert draw(puzzles[:1]) != draw([Answered(puzzles[0].task, {"in context": GRID[::-1]})])

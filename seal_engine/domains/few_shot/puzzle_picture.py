@@ -1,23 +1,26 @@
 """Held-out puzzles as a picture: what is shown, what is asked, and what was answered before training and after."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from seal_engine.domains.few_shot.arc import Grid, Task
+from seal_engine.domains.few_shot.arc import Example, Grid, Task
 from seal_engine.domains.few_shot.task import FewShot
 from seal_engine.files import replace_file
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import Trial
-from seal_engine.svg import WIDTH, element, embedded, picture, standalone, words
+from seal_engine.svg import element, picture, words
 
-PICTURE = "puzzles.svg"
+FILE = "puzzles.json"  # in a run's directory
 # ARC's own colours, by number.
 PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")
 DEMONSTRATIONS = 3  # of a puzzle that are shown
 OF_EACH = 2  # puzzles that were gained, that were solved before, that are not solved, that were lost
-COLUMNS, SIDE, ROW = 5, 54, 80  # of a row: grids that have room at least; of a grid: its longer side, room down
+LEFT, PAIR = 74, 126  # right of the words of a row; from one pair of grids to the next
+SIDE, ROW = 44, 54  # of a grid: its longer side, room down
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,21 @@ class Answered:
 
 
 def write_puzzles(domain: FewShot, ledger: Ledger) -> None:
-    """Draw puzzles of the first seed into the run's directory; nothing without an evaluation."""
+    """Write puzzles of the first seed, to be drawn, into the run's directory; nothing without an evaluation."""
     chosen = choose(domain, ledger)
     if chosen:
-        replace_file(ledger.directory / PICTURE, standalone(draw(chosen)))
+        replace_file(ledger.directory / FILE, (json.dumps([asdict(one) for one in chosen]) + "\n").encode())
+
+
+def read_puzzles(file: Path) -> list[Answered]:
+    """The puzzles that write_puzzles has chosen; none where there is no such file."""
+    return [_answered(**one) for one in json.loads(file.read_text())] if file.exists() else []
+
+
+def _answered(task: dict[str, Any], elected: dict[str, Grid | None]) -> Answered:
+    """From JSON, in which grids are lists of lists."""
+    train, tests = (tuple(Example(**example) for example in task[part]) for part in ("train", "tests"))
+    return Answered(Task(task["name"], train, tests), elected)
 
 
 def choose(domain: FewShot, ledger: Ledger) -> list[Answered]:
@@ -64,36 +78,43 @@ def _first_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
 
 
 def draw(puzzles: Sequence[Answered]) -> str:
-    """The picture as SVG. Of each puzzle what is shown in one row, and below it what is asked, wanted and answered."""
+    """The picture as SVG. Of each puzzle three rows: what is shown, what is asked, and what was answered."""
     parts, upper = [], 0.0
     for one in puzzles:
-        parts.append(words(0, upper + 14, one.task.name.partition(" ")[2] or one.task.name, "bold"))
-        shown = one.task.train[:DEMONSTRATIONS]
-        pairs = [(example.input, example.output) for example in shown]
-        parts += _row(upper + 20, [part for pair in pairs for part in ((pair[0], "shown", ""), (pair[1], "", ""))])
         test = one.task.tests[0]
-        cells = [(test.input, "asked", ""), (test.output, "wanted", "")]
-        for title, grid in one.elected.items():
-            right = grid == test.output
-            cells.append(
-                (grid, f"{title.removesuffix(' any round')} {'✓' if right else '✗'}", "blue" if right else "orange")
-            )
-        parts += _row(upper + 20 + ROW, cells)
-        upper += 20 + 2 * ROW + 10
-    return picture(upper, "Held-out puzzles with the answers before and after", parts)
+        right = {title: grid == test.output for title, grid in one.elected.items()}
+        parts.append(
+            words(0, upper + 14, f"{one.task.name.partition(' ')[2] or one.task.name}: {_outcome(right)}", "bold")
+        )
+        for row, (title, note) in enumerate(
+            (("shown", "examples"), ("asked", "and wanted"), ("answered", "one by one"))
+        ):
+            middle = upper + 22 + ROW * row + SIDE / 2
+            parts += [words(0, middle, title, "small bold"), words(0, middle + 13, note, "small muted")]
+        shown = [(example.input, example.output) for example in one.task.train[:DEMONSTRATIONS]]
+        for row, pairs in enumerate((shown, [(test.input, test.output)])):
+            for i, (before, after) in enumerate(pairs):
+                left, top = LEFT + i * PAIR, upper + 22 + ROW * row
+                parts += _draw_grid(left, top, before, "")
+                parts.append(words(left + SIDE + 10, top + SIDE / 2 + 4, "→", "mid"))
+                parts += _draw_grid(left + SIDE + 20, top, after, "")
+        for i, (title, grid) in enumerate(one.elected.items()):
+            look, top = "blue" if right[title] else "orange", upper + 22 + 2 * ROW
+            parts += _draw_grid(LEFT + i * PAIR, top, grid, look)
+            said = f"{'✓' if right[title] else '✗'} {title.removesuffix(' any round')}"
+            parts.append(words(LEFT + i * PAIR, top + SIDE + 13, said, f"small t-{look}"))
+        upper += 22 + 3 * ROW + 30
+    return picture(
+        upper - 10, "Held-out puzzles: what is shown, what is asked, and the answers before and after", parts
+    )
 
 
-def _row(upper: float, cells: Sequence[tuple[Grid | None, str, str]]) -> list[str]:
-    """Grids side by side, each with its words above and a frame in its colour; an arrow from what is given."""
-    parts = []
-    for i, (grid, title, colour) in enumerate(cells):
-        left = i * WIDTH / max(COLUMNS, len(cells))
-        look = f"small t-{colour}" if colour else "small muted"
-        parts.append(words(left, upper + 12, title, look))
-        parts += _draw_grid(left, upper + 18, grid, colour)
-        if title in ("shown", "asked"):
-            parts.append(words(left + SIDE + 3, upper + 18 + SIDE / 2, "→", "muted"))
-    return parts
+def _outcome(right: Mapping[str, bool]) -> str:
+    """What became of a puzzle, from whether each method solved it, the last of them after all rounds."""
+    before, after = right.get("before any round", False), [*right.values()][-1]
+    if before != after:
+        return "solved only after training" if after else "solved before, lost in training"
+    return "solved before and after" if after else "not solved"
 
 
 def _draw_grid(left: float, upper: float, grid: Grid | None, colour: str) -> list[str]:
@@ -114,9 +135,3 @@ def _draw_grid(left: float, upper: float, grid: Grid | None, colour: str) -> lis
     parts = [element("path", fill=PALETTE[value], d="".join(own)) for value, own in sorted(runs.items())]
     width, height = size * len(grid[0]), size * len(grid)
     return [*parts, element("rect", frame, x=left, y=upper, width=width, height=height, fill="none")]
-
-
-def saved(directory: Path) -> str | None:
-    """The picture of a run, if it has one, as part of a page."""
-    file = directory / PICTURE
-    return embedded(file.read_bytes()) if file.exists() else None

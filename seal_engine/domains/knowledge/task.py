@@ -324,7 +324,7 @@ class Knowledge:
             "grad_accum_steps": c.gradient_accumulation_steps,
         }
         model = Path(str(ledger.config.get("model", ""))).name
-        finished = {step: when for step, when, _ in ledger.steps()}.get(f"seed {seed}, {phase}", ledger.started)
+        finished = {step: when for step, when, *_ in ledger.steps()}.get(f"seed {seed}, {phase}", ledger.started)
         stamp = datetime.fromisoformat(finished).strftime("%m%d_%H%M%S")
         count = max(map(len, edits.values()), default=0)
         return Result(tuple(articles), stamp, model, c.data, c.split_newlines, count, len(repeats), lora)
