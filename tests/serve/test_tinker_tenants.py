@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import httpx
 import pytest
 
 pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
@@ -24,7 +25,7 @@ from tinker_cases import (
     tinker_server,
 )
 
-from seal_engine import Engine
+from seal_engine import Engine, LoraConfig
 from seal_engine.tiny import MODEL
 
 pytestmark = SDK_CONNECTIONS
@@ -216,6 +217,27 @@ def test_samplers_beyond_their_memory_lie_on_the_disk(engines, tmp_path):
         assert not server.service.tinker.sessions
     assert first == again
     assert len({tuple(row) for row in first}) == 4
+
+
+def test_a_version_is_copied_once(engines, tmp_path):
+    """Two samplers of one version share its copy, which a saved path does not add to; the next version is another.
+    Bytes are those of float32 parameters."""
+    with tinker_server(engines[False], tmp_path) as server, service_client(server) as client:
+        model = client.create_lora_training_client(BASE, rank=2, seed=3).result()
+        nbytes, samplers = [], []
+        for _ in range(2):
+            for _ in range(2):
+                samplers.append(model.save_weights_and_get_sampling_client().result())
+                nbytes.append(server.service.tinker.snapshots.nbytes)
+            model.save_weights_for_sampler(f"{len(nbytes)}").result()
+            model.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
+        size = engines[False].create_adapter(LoraConfig(r=2, target_modules="all-linear")).nbytes
+        assert nbytes == [size, size, 2 * size, 2 * size]
+        snapshots = [sampler.snapshot for sampler in _samplers(server)]
+        assert snapshots[0] is snapshots[1]
+        gauges = httpx.get(f"{server.url}/metrics").text
+        assert f"seal_engine_tinker_sampler_bytes {float(2 * size)}" in gauges
+        assert f"seal_engine_tinker_model_bytes {float(4 * size)}" in gauges
 
 
 def _samplers(server):

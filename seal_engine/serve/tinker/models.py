@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from weakref import ReferenceType, ref
 
 from seal_engine.model.adapters import Adapter
 from seal_engine.serve.errors import ApiError
@@ -96,7 +97,7 @@ class TrainedModel:
         self._waiting: dict[int, tuple[Promise, Operation]] = {}
         self._arrived = asyncio.Event()
         self._failure: str | None = None  # of a forward_backward since the last optim_step
-        self._snapshot: tuple[int, Adapter] | None = None  # (version, copy)
+        self._snapshot: tuple[int, ReferenceType[Adapter]] | None = None  # (version, copy, while samplers have it)
         self._runner = asyncio.create_task(self._run())
 
     @property
@@ -215,9 +216,11 @@ class TrainedModel:
     async def snapshot(self) -> Adapter:
         """The adapter as it is now, which no later step changes: one copy for each version."""
         version = self.trained.adapter.version
-        if self._snapshot is None or self._snapshot[0] != version:
-            self._snapshot = version, await self._call(Adapter.copy)
-        return self._snapshot[1]
+        copy = self._snapshot[1]() if self._snapshot is not None and self._snapshot[0] == version else None
+        if copy is None:
+            copy = await self._call(Adapter.copy)
+            self._snapshot = version, ref(copy)
+        return copy
 
     async def stored(self) -> Stored:
         """A copy of the adapter and its optimizer, to be saved."""
