@@ -30,6 +30,7 @@ TESTS = {
     "scaling": ["train"],
     "seal_round": ["train", "sampler", "bench"],
     "serve": ["openai_api", "seal_socket", "worker"],
+    "tinker": ["tinker_sdk", "tinker_wire"],
 }
 SPEEDS = ("tokens_per_s",)
 MEASURES = ("seconds", "ms", "us", *SPEEDS)  # what revisions are compared by: the first that a row has

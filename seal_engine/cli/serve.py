@@ -70,6 +70,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_tinker("--tinker-dir", "directory of checkpoints", default="tinker-checkpoints", metavar="DIR")
     add_tinker("--tinker-alpha", "lora_alpha of new models", type=float, default=32.0, metavar="X")
     add_tinker("--tinker-max-models", "models at once; others wait (default: no limit)", type=int, metavar="N")
+    text = "of models' states on the device; others wait elsewhere (default: half of what is free at the start)"
+    add_tinker("--tinker-model-bytes", text, type=int, metavar="N")
     text = "after which a client that shows no sign of life loses its models"
     add_tinker("--tinker-session-seconds", text, type=float, default=120.0, metavar="X")
     text = "of samplers' adapters in memory; others wait on the disk"

@@ -47,7 +47,7 @@ class Adapter:
         self.grads: Tensor | None = None  # like params, while trained
         self.moments: tuple[Tensor, Tensor] | None = None  # exp_avg, exp_avg_sq
         self.steps = 0  # optimizer steps taken with these moments
-        self._state: Tensor | None = None  # [3, layout.size]: what gradients and moments are rows of
+        self.optimizer_state: Tensor | None = None  # [3, layout.size]: what gradients and moments are rows of
         self._views: tuple[Tensor | None, dict[tuple[int, int], AdapterViews]] | None = None
 
     @property
@@ -137,11 +137,11 @@ class Adapter:
         if self.grads is None:
             state = torch.zeros(3, self.layout.size, device=self.params.device) if state is None else state.zero_()
             self.grads, *moments = state
-            self.moments, self._state, self.steps = (moments[0], moments[1]), state, 0
+            self.moments, self.optimizer_state, self.steps = (moments[0], moments[1]), state, 0
 
     def release_optimizer_state(self) -> Tensor | None:
         """Drop gradients and moments; returns their memory, [3, layout.size], or None if there was none."""
-        state, self._state = self._state, None
+        state, self.optimizer_state = self.optimizer_state, None
         self.grads, self.moments, self._views = None, None, None
         return state
 

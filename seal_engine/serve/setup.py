@@ -60,12 +60,13 @@ def make_service(
 def tinker_settings(options: argparse.Namespace) -> TinkerSettings:
     """The settings of the Tinker API. InputError naming the flag."""
     alpha, models, seconds = options.tinker_alpha, options.tinker_max_models, options.tinker_session_seconds
-    size = options.tinker_sampler_bytes
+    size, model_bytes = options.tinker_sampler_bytes, options.tinker_model_bytes
     require(math.isfinite(alpha), "--tinker-alpha", alpha, "a finite number")
     require(models is None or models >= 1, "--tinker-max-models", models, "an integer >= 1")
+    require(model_bytes is None or model_bytes >= 0, "--tinker-model-bytes", model_bytes, "an integer >= 0")
     require(seconds > 0, "--tinker-session-seconds", seconds, "a number above 0")
     require(size >= 0, "--tinker-sampler-bytes", size, "an integer >= 0")
-    return TinkerSettings(Path(options.tinker_dir), alpha, models, seconds, size)
+    return TinkerSettings(Path(options.tinker_dir), alpha, models, model_bytes, seconds, size)
 
 
 def base_names(model: str, served_name: str | None) -> list[str]:

@@ -29,6 +29,8 @@ GAUGES = {
     "seal_engine_cache_blocks_in_use": ("cache_blocks_in_use", "Blocks that running completions hold."),
     "seal_engine_adapters": ("adapters", "Adapters that are served."),
     "seal_engine_adapter_bytes": ("adapter_bytes", "Bytes of their parameters."),
+    "seal_engine_tinker_model_bytes": ("tinker_model_bytes", "Bytes of states of Tinker's models on the device."),
+    "seal_engine_tinker_sampler_bytes": ("tinker_sampler_bytes", "Bytes of adapters of Tinker's samplers in memory."),
 }
 
 
@@ -53,6 +55,8 @@ def counts(service: Service) -> dict[str, int]:
         "cache_blocks_in_use": pool.num_blocks - pool.num_available,
         "adapters": len(served),
         "adapter_bytes": sum(entry.adapter.nbytes for entry in served),
+        "tinker_model_bytes": service.tinker.memory.nbytes,
+        "tinker_sampler_bytes": service.tinker.snapshots.nbytes,
     }
 
 

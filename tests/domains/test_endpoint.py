@@ -40,15 +40,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append((self.path, dict(self.headers), body))
             number = self.server.times[prompt]
             self.server.times[prompt] += 1
-            self.server.working += 1
-            self.server.max_working = max(self.server.max_working, self.server.working)
         steps = self.server.script.get(prompt, [answer(f"re: {prompt}")])
         step = steps[min(number, len(steps) - 1)]
-        try:
-            step(self) if callable(step) else self.reply(step)
-        finally:
-            with self.server.lock:
-                self.server.working -= 1
+        step(self) if callable(step) else self.reply(step)
 
     def reply(self, value, status: int = 200, **headers: str) -> None:
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -72,7 +66,6 @@ class Server(ThreadingHTTPServer):
         self.requests: list[tuple[str, dict, dict]] = []
         self.times: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self.working = self.max_working = 0
         self.closing = threading.Event()
 
     def handle_error(self, request, client_address):
@@ -190,9 +183,23 @@ def test_empty_lists_and_texts(server, endpoint):
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_no_more_requests_at_once_than_allowed(server, endpoint, concurrency):
-    server.script = {f"{i}": [lambda h: (time.sleep(0.02), h.reply(answer("x")))] for i in range(12)}
-    complete(replace(endpoint, concurrency=concurrency), list(server.script))
-    assert server.max_working == concurrency
+    """As many as are allowed meet in the server, again and again. A request counts until its reply begins: the client
+    may send the next one before this one's handler has returned."""
+    meeting, lock, working, counts = threading.Barrier(concurrency), threading.Lock(), set(), []
+
+    def reply_after_meeting(handler):
+        with lock:
+            working.add(handler)
+            counts.append(len(working))
+        meeting.wait(10)
+        time.sleep(0.02)  # in which one too many would come
+        with lock:
+            working.remove(handler)
+        handler.reply(answer("x"))
+
+    server.script = {f"{i}": [reply_after_meeting] for i in range(12)}
+    assert complete(replace(endpoint, concurrency=concurrency), list(server.script)) == [Reply("x")] * 12
+    assert max(counts) == concurrency
 
 
 # What goes wrong

@@ -1,5 +1,6 @@
 """A short form of benchmarks/bench_serve.py: mixed requests while adapters come and go, and nothing is left behind."""
 
+import asyncio
 import gc
 import threading
 from collections import Counter
@@ -73,8 +74,16 @@ def test_mixed_requests_while_adapters_come_and_go(server, engine, adapters):
     assert idle(server)
 
 
-def live():
-    """Living objects of the kinds that requests are made of."""
+async def turns_of_the_loop():
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+def live(server):
+    """Living objects of the kinds that requests are made of, once the worker's turn and the loop's tasks have ended: a
+    client has its answer a moment before they let go of the request."""
+    server.service.worker.call(lambda _: None).result()
+    asyncio.run_coroutine_threadsafe(turns_of_the_loop(), server._loop).result()
     gc.collect()
     kinds = (Adapter, Request, Sequence, SampleRequest, TrainRequest)
     return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds)
@@ -99,7 +108,7 @@ def test_nothing_is_left_of_requests_and_adapters(engine, adapters):
             assert client.post("/v1/completions", json={"prompt": "A", "max_tokens": 1}).status_code == 200
 
         work(6, 2)
-        before = live()
+        before = live(server)
         work(300, 20)
-        assert live() == before
+        assert live(server) == before
         assert server.service.worker.sampler._requests == {}

@@ -13,6 +13,7 @@ from peft import PeftModel
 from tinker_cases import (
     BASE,
     SDK_CONNECTIONS,
+    CuttingProxy,
     ids_of,
     logprobs,
     prompt,
@@ -181,8 +182,9 @@ def test_samples_equal_python_and_stay_of_their_version(client, engine):
     sequences = ids_of(2, 9, seed=9)
 
     def advance():
-        train(model, 1)
-        engine.forward_backward([Datum(adapter, ids, weights=[1.0] * (len(ids) - 1)) for ids in sequences])
+        ((loss, _),) = train(model, 1)
+        data = [Datum(adapter, ids, weights=[1.0] * (len(ids) - 1)) for ids in sequences]
+        assert loss == pytest.approx(sum(result.loss for result in engine.forward_backward(data)), rel=1e-6)
         engine.optim_step([(adapter, SAME_STEP)])
 
     advance()
@@ -302,6 +304,18 @@ def test_refused_losses_say_what_works(loss, message, client):
     with pytest.raises(tinker.RequestFailedError, match=r"gradients are dropped.*loss_fn: found"):
         model.optim_step(STEP).result()
     assert train(model, 2) == train(client.create_lora_training_client(BASE, rank=2, seed=17).result(), 2)
+
+
+def test_cut_connections_change_no_number(client, server):
+    """Every fifth response, of submissions and of results, is lost with its connection: the SDK sends the request
+    again, and each has run once."""
+    expected = train(client.create_lora_training_client(BASE, rank=4, seed=19).result(), 4)
+    proxy = CuttingProxy(server.url, range(10, 35, 5))
+    with tinker.ServiceClient(base_url=proxy.url, api_key="tml-test") as cut_client:
+        model = cut_client.create_lora_training_client(BASE, rank=4, seed=19).result()
+        assert train(model, 4) == expected
+    assert proxy.count > 35
+    proxy.close()
 
 
 def test_async_calls(client):

@@ -1,8 +1,10 @@
 """A server for the Tinker SDK, its clients, and the data that its tests train on."""
 
 import itertools
+import socket
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from serving import idle, running
@@ -63,3 +65,37 @@ def ids_of(count, length, seed):
     """Sequences of token ids, all different."""
     cycle = itertools.count(seed * 7919)
     return [[3 + (next(cycle) * 104729) % 900 for _ in range(length + i % 3)] for i in range(count)]
+
+
+class CuttingProxy:
+    """Passes bytes between clients and a server; some responses it swallows, and cuts the connection instead."""
+
+    def __init__(self, url, cut):
+        """cut: the numbers of responses that are swallowed."""
+        host, port = url.removeprefix("http://").split(":")
+        self.server, self.cut, self.count, self.lock = (host, int(port)), cut, 0, threading.Lock()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                server = socket.create_connection(self.server)
+                for pair in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
+
+    def _pass(self, source, target, is_response):
+        with suppress(OSError), source, target:
+            while content := source.recv(65536):
+                with self.lock:
+                    self.count += is_response
+                    swallowed = is_response and self.count in self.cut
+                if swallowed:
+                    target.shutdown(socket.SHUT_RDWR)
+                    return
+                target.sendall(content)
+
+    def close(self):
+        self.listener.close()

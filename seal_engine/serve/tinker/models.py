@@ -3,7 +3,7 @@
 A client sends the requests of a model in any order, and again when a connection was cut: request n runs once all before
 it have. A request that fails counts as run, so that those after it go on. Each model has one request at the worker at a
 time, in pieces of at most one pass's tokens; so models that train at the same time share passes and steps, and none
-waits for more than one piece of each other model.
+waits for more than one piece of each other model. memory.py says what happens where not all fit the device.
 """
 
 import asyncio
@@ -12,14 +12,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-
-import torch
+from weakref import ReferenceType, ref
 
 from seal_engine.model.adapters import Adapter
 from seal_engine.serve.errors import ApiError
-from seal_engine.serve.requests import FailedError
 from seal_engine.serve.tinker.checkpoints import Stored
 from seal_engine.serve.tinker.data import read_data, write_output
+from seal_engine.serve.tinker.memory import ModelMemory, ModelState
 from seal_engine.serve.tinker.promises import Promise, Promises, Reply, json_reply
 from seal_engine.serve.worker import Worker
 from seal_engine.training.jobs import AdamParams
@@ -84,32 +83,35 @@ class ModelConfig:
 
 
 class TrainedModel:
-    """A model of a client. Its methods run on the event loop; `adapter` is None until it has been created."""
+    """A model of a client. Its methods run on the event loop; `state` is None until it has been created."""
 
-    def __init__(self, model_id: str, config: ModelConfig, worker: Worker, promises: Promises):
+    def __init__(self, model_id: str, config: ModelConfig, worker: Worker, memory: ModelMemory, promises: Promises):
         self.model_id = model_id
         self.config = config
         self.worker = worker
+        self.memory = memory
         self.promises = promises
-        self.adapter: Adapter | None = None
+        self.state: ModelState | None = None
         self.next_seq = 1  # the request that runs next
         self.last_request = datetime.now(UTC)
         self._waiting: dict[int, tuple[Promise, Operation]] = {}
         self._arrived = asyncio.Event()
         self._failure: str | None = None  # of a forward_backward since the last optim_step
-        self._snapshot: tuple[int, Adapter] | None = None  # (version, copy)
+        self._snapshot: tuple[int, ReferenceType[Adapter]] | None = None  # (version, copy, while samplers have it)
         self._runner = asyncio.create_task(self._run())
 
     @property
-    def trained(self) -> Adapter:
-        """The adapter. InputError if the model could not be created."""
-        if self.adapter is None:
+    def trained(self) -> ModelState:
+        """The adapter and its optimizer's state. InputError if the model could not be created."""
+        if self.state is None:
             raise InputError(f"model_id: {self.model_id} was not created")
-        return self.adapter
+        return self.state
 
     def end(self) -> None:
         """Run no more requests; what is at the worker ends there."""
         self._runner.cancel()
+        if self.state is not None:
+            self.memory.drop(self.state)
 
     # Order
 
@@ -168,24 +170,26 @@ class TrainedModel:
         """Draw the adapter, with gradients and moments of zero: a step before any forward_backward is one on zeros."""
         lora = self.config.lora()
 
-        def create() -> Adapter:
+        def create() -> ModelState:
             adapter = self.worker.engine.create_adapter(lora, self.config.seed)
-            adapter.allocate_optimizer_state()
-            return adapter
+            adapter.offload()  # until there is room
+            return ModelState(adapter)
 
-        self.adapter = await self._call(create)
-        return json_reply({"model_id": self.model_id, "type": "create_model"})
+        self.state = await self.memory.call(create)
+        async with self.memory.use(self.state):
+            return json_reply({"model_id": self.model_id, "type": "create_model"})
 
     async def forward_backward(self, request: Any) -> Reply:
         """A ForwardBackwardRequest, or its forward pass alone."""
         engine, verb = self.worker.engine, self.worker.forward if request.forward_only else self.worker.forward_backward
         try:
-            data = await asyncio.to_thread(read_data, request, self.trained)
+            data = await asyncio.to_thread(read_data, request, self.trained.adapter)
             await asyncio.to_thread(validate_data, engine.model, data)
             results = []
             budget = self.worker.engine.token_budget
             for piece in chunks([len(datum.token_ids) for datum in data], budget):
-                results += await asyncio.wrap_future(verb([data[i] for i in piece], bounded=False))
+                async with self.memory.use(self.trained):
+                    results += await asyncio.wrap_future(verb([data[i] for i in piece], bounded=False))
         except Exception as error:
             if not request.forward_only:
                 self._failure = str(error)
@@ -198,28 +202,30 @@ class TrainedModel:
         InputError if a forward_backward since then failed, or the gradients are not finite: parameters and moments stay
         as they are, gradients are dropped.
         """
-        adapter, failure = self.trained, self._failure
-        self._failure = None
+        failure, self._failure = self._failure, None
         if failure is not None:
-            await self._call(lambda: None if adapter.grads is None else adapter.grads.zero_())
+            await self._call(lambda adapter: None if adapter.grads is None else adapter.grads.zero_())
             raise InputError(f"optim_step: no step, and gradients are dropped: a forward_backward failed: {failure}")
-        norms = await asyncio.wrap_future(self.worker.optim_step([(adapter, params)], bounded=False))
+        async with self.memory.use(self.trained):
+            step = self.worker.optim_step([(self.trained.adapter, params)], bounded=False)
+            norms = await asyncio.wrap_future(step)
         if not math.isfinite(norms[0]):
             raise InputError(f"optim_step: no step, and gradients are dropped: their norm is {norms[0]}")
         return json_reply({"metrics": {"grad_norm": norms[0]}})
 
     async def snapshot(self) -> Adapter:
         """The adapter as it is now, which no later step changes: one copy for each version."""
-        adapter = self.trained
-        if self._snapshot is None or self._snapshot[0] != adapter.version:
-            self._snapshot = adapter.version, await self._call(adapter.copy)
-        return self._snapshot[1]
+        version = self.trained.adapter.version
+        copy = self._snapshot[1]() if self._snapshot is not None and self._snapshot[0] == version else None
+        if copy is None:
+            copy = await self._call(Adapter.copy)
+            self._snapshot = version, ref(copy)
+        return copy
 
-    async def state(self) -> Stored:
+    async def stored(self) -> Stored:
         """A copy of the adapter and its optimizer, to be saved."""
-        adapter = self.trained
 
-        def copy() -> Stored:
+        def copy(adapter: Adapter) -> Stored:
             moments = adapter.moments
             assert moments is not None
             info = {**self.config.info, "steps": adapter.steps}
@@ -229,20 +235,19 @@ class TrainedModel:
 
     async def restore(self, stored: Stored) -> None:
         """Go on from a checkpoint. InputError unless its adapter has this model's layout."""
-        adapter = self.trained
+        adapter = self.trained.adapter
         same = adapter.layout.ranks.tolist() == stored.adapter.layout.ranks.tolist()
         same = same and adapter.layout.scales.tolist() == stored.adapter.layout.scales.tolist()
         found = f"a checkpoint of rank {stored.adapter.config.r} and alpha {stored.adapter.config.lora_alpha}"
         accepted = f"rank {adapter.config.r}, alpha {adapter.config.lora_alpha} and the same targets"
         require(same, "path", found, accepted)
-        await self._call(lambda: install(adapter, stored))
+        await self._call(lambda adapter: install(adapter, stored))
 
-    async def _call(self, function: Callable[[], Any]) -> Any:
-        """Run a function between two turns of the worker. FailedError for what fails there, such as memory."""
-        try:
-            return await asyncio.wrap_future(self.worker.call(lambda _: function()))
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise FailedError(f"out of memory: {error}") from None
+    async def _call(self, function: Callable[[Adapter], Any]) -> Any:
+        """Run a function of the adapter between two turns of the worker. FailedError where memory fails it."""
+        state = self.trained
+        async with self.memory.use(state):
+            return await self.memory.call(lambda: function(state.adapter))
 
 
 def install(adapter: Adapter, stored: Stored) -> None:

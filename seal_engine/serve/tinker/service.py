@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seal_engine.model.devices import free_memory
 from seal_engine.serve.errors import ApiError
 from seal_engine.serve.requests import CancelledError, QueueFullError, SampleRequest
 from seal_engine.serve.tinker import schemas
 from seal_engine.serve.tinker.checkpoints import CheckpointPath, Checkpoints, Stored
+from seal_engine.serve.tinker.memory import ModelMemory
 from seal_engine.serve.tinker.models import ModelConfig, TrainedModel
 from seal_engine.serve.tinker.promises import Promise, Promises, Reply, json_reply
 from seal_engine.serve.tinker.samplers import Sampler, Snapshots, prompt_tokens, sample, sampling_params
@@ -34,6 +36,7 @@ class TinkerSettings:
     directory: Path = Path("tinker-checkpoints")
     lora_alpha: float = 32.0
     max_models: int | None = None  # at once; others wait
+    model_bytes: int | None = None  # of models' states on the device; None: half of what is free when the server starts
     session_seconds: float = 120.0  # without a sign of life
     snapshot_bytes: int = 2**32  # of samplers' adapters in memory
 
@@ -58,6 +61,10 @@ class TinkerService:
         self.settings = settings
         self.checkpoints = Checkpoints(settings.directory)
         self.promises = Promises()
+        model_bytes = settings.model_bytes
+        self.memory = ModelMemory(
+            worker, free_memory(worker.engine.model.device) // 2 if model_bytes is None else model_bytes
+        )
         self.snapshots = Snapshots(worker, settings.snapshot_bytes)
         self.sessions: dict[str, Session] = {}
         self._ended: set[str] = set()
@@ -179,7 +186,7 @@ class TinkerService:
             return promise
         if model_id in session.models:
             raise ApiError(410, f"model_seq_id: {number} was created, and the result is gone", "model_seq_id")
-        model = TrainedModel(model_id, config, self.worker, self.promises)
+        model = TrainedModel(model_id, config, self.worker, self.memory, self.promises)
         session.models[model_id] = model
         promise = self.promises.add((model_id, 0), kind, model_id=model_id)
         promise.queue_state = "paused_capacity"
@@ -251,7 +258,7 @@ class TinkerService:
         model = self.model(body.model_id)
 
         async def save() -> Reply:
-            return await self._save(model, "weights", body, await model.state())
+            return await self._save(model, "weights", body, await model.stored())
 
         return model.submit(body.seq_id, "save_weights", save)
 
