@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from seal_engine.errors import RunError
 
 IN_FLIGHT = 2  # batches per worker: one runs, the next lies ready
-SHARES = 2  # a batch is an even share of what is left, divided by this: ever smaller, so that all end together
+SHARES = 3  # a batch is an even share of what is left, divided by this: ever smaller, so that all end together
 MIN_SHARE = 1 / 8  # of a worker's even share of the whole, at least: small batches train less efficiently
 TRIES = 3  # of an item alone: a batch that ends with its worker is halved until it is one, and this tried twice more
 MAX_FAILED_STARTS = 3  # of a worker in succession, before it is given up
