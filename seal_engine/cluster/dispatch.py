@@ -16,7 +16,6 @@ IN_FLIGHT = 2  # batches per worker: one runs, the next lies ready
 SHARES = 3  # a batch is an even share of what is left, divided by this: ever smaller, so that all end together
 MIN_SHARE = 1 / 8  # of a worker's even share of the whole, at least: small batches train less efficiently
 TRIES = 3  # of an item alone: a batch that ends with its worker is halved until it is one, and this tried twice more
-MAX_FAILED_STARTS = 3  # of a worker in succession, before it is given up
 HANG_SECONDS, HANG_FACTOR = 120.0, 20.0  # a batch hangs after both: this long, and so many times as long as others took
 START_SECONDS = 300.0  # without any worker that is ready, before the run ends
 
@@ -25,9 +24,9 @@ class Kind(Enum):
     """What happened to a worker or to a batch."""
 
     READY = "a worker has started; value: what it says of itself"
-    REFUSED = "a worker that cannot be used; value: why"
+    REFUSED = "a worker that cannot be used, or does not start; value: why"
     DONE = "a batch has its results; value: them"
-    LOST = "a batch, or a start (no batch), ended with its worker; value: why"
+    LOST = "a batch ended with its worker; value: why"
     MEMORY = "a batch needed more memory than the worker has; value: why"
     FAILED = "a batch raised an error that another worker would raise, too; value: the exception"
 
@@ -76,7 +75,6 @@ class WorkerState:
     batches: dict[int, list[int]] = field(default_factory=dict)  # in flight: number -> items, the first one runs
     limit: int | None = None  # items in a batch at most, after a batch that needed too much memory
     since: float = 0.0  # when the batch that runs was begun, or the start
-    failed_starts: int = 0
     items: int = 0
     batches_done: int = 0
     busy_seconds: float = 0.0
@@ -153,8 +151,6 @@ class Dispatcher:
             elif event.kind is Kind.REFUSED:
                 worker.state = "gone"
                 self.log(f"{worker.name} is refused: {event.value}")
-            elif event.batch is None:
-                self._lost_start(event)
             else:
                 self._end_batch(run, event)
         self._validate_workers()
@@ -162,18 +158,9 @@ class Dispatcher:
             self._kill_hanging(run)
 
     def _ready(self, worker: WorkerState, name: str) -> None:
-        if worker.failed_starts or worker.restarts:
+        if worker.restarts:
             self.log(f"{name} is ready again")
-        worker.name, worker.state, worker.failed_starts = name, "ready", 0
-
-    def _lost_start(self, event: Event) -> None:
-        worker = self.workers[event.worker]
-        worker.failed_starts += 1
-        if worker.failed_starts >= MAX_FAILED_STARTS:
-            worker.state = "gone"
-            self.log(f"{worker.name} is given up: it did not start {MAX_FAILED_STARTS} times: {event.value}")
-        else:
-            self._start(event.worker)
+        worker.name, worker.state = name, "ready"
 
     def _end_batch(self, run: "_Run | None", event: Event) -> None:
         """A batch has come back, with results or without."""

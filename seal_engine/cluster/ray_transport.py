@@ -24,6 +24,7 @@ from seal_engine.errors import InputError
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.config import ModelConfig
 
+START_SECONDS = 120.0  # in which an actor may die while it starts, and is started again
 BEAT_SECONDS, SILENT_SECONDS = 10.0, 60.0  # between two questions whether a worker is alive; until it counts as dead
 MAX_STEP_SECONDS = 5.0  # between two readings of the clock, which is read about once per second
 CPU = torch.device("cpu")
@@ -118,6 +119,8 @@ class RayTransport:
         self._actors = [self._kind.remote(config) for _ in range(placement.workers)]
         self._pending: dict[Any, tuple[int, int | None]] = {}  # reference -> worker, batch (None: a start)
         self._beats: dict[int, tuple[Any, float]] = {}  # worker -> the last beat, when it was asked for
+        self._starts: dict[int, float] = {}  # worker -> when it was asked to start
+        self._to_ask: list[int] = []  # workers that did not answer when they were asked to start
         self._sent: WeakKeyDictionary[Adapter, tuple[int, Any]] = WeakKeyDictionary()  # its version, a reference
 
     @property
@@ -132,8 +135,8 @@ class RayTransport:
         return self._awake
 
     def start(self, worker: int) -> None:
-        hello = self._actors[worker].hello.options(max_task_retries=2)
-        self._pending[hello.remote()] = worker, None
+        self._starts[worker] = self.now()
+        self._pending[self._actors[worker].hello.remote()] = worker, None
 
     def submit(self, worker: int, batch: int, call: Call, items: Sequence[Any]) -> None:
         data, adapters = pack(items)
@@ -157,6 +160,9 @@ class RayTransport:
 
     def wait(self, seconds: float) -> list[Event]:
         self._check_beats()
+        for worker in self._to_ask:
+            self._pending[self._actors[worker].hello.remote()] = worker, None
+        self._to_ask = []
         references = list(self._pending)
         if not references:
             sleep(0.1)
@@ -164,7 +170,10 @@ class RayTransport:
         ready, _ = ray.wait(references, num_returns=1, timeout=seconds, fetch_local=False)
         if ready:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
-        return [self._event(reference, *self._pending.pop(reference)) for reference in ready]
+        events = [self._event(reference, *self._pending.pop(reference)) for reference in ready]
+        if not any(events):
+            sleep(0.1)  # a start that failed, which is asked for again
+        return list(filter(None, events))
 
     def _check_beats(self) -> None:
         """Ask workers now and then whether they are alive, and end those that do not answer: a process that is stopped
@@ -186,7 +195,7 @@ class RayTransport:
         self.identities.pop(worker, None)
         self._beats.pop(worker, None)
 
-    def _event(self, reference: Any, worker: int, batch: int | None) -> Event:
+    def _event(self, reference: Any, worker: int, batch: int | None) -> Event | None:
         try:
             value: Any = ray.get(reference)
         except RayTaskError as error:
@@ -195,9 +204,15 @@ class RayTransport:
             return Event(kind, worker, batch, value)
         except RayError as error:
             self._forget(worker)
-            if isinstance(error, ActorDiedError) and batch is None:  # for good: Ray restarts all others
+            reason = " ".join(str(error).split("\n")[0].split())
+            if batch is not None:
+                return Event(Kind.LOST, worker, batch, reason)
+            if self.now() - self._starts[worker] > START_SECONDS:
+                return Event(Kind.REFUSED, worker, None, f"it has not started for {START_SECONDS:.0f} s: {reason}")
+            if isinstance(error, ActorDiedError):  # for good: Ray restarts all others
                 self._actors[worker] = self._kind.remote(self.config)
-            return Event(Kind.LOST, worker, batch, " ".join(str(error).split("\n")[0].split()))
+            self._to_ask.append(worker)  # Ray also says so of an actor that is about to start
+            return None
         return self._welcome(worker, value) if batch is None else self._read(worker, batch, value)
 
     def _welcome(self, worker: int, identity: Identity) -> Event:

@@ -99,22 +99,13 @@ def test_an_item_that_ends_every_worker_ends_the_run():
         pool.run(None, list(range(20)), [1.0] * 20)
 
 
-class Unstartable(SimulatedTransport):
-    """Workers that cannot be used."""
+def test_without_any_worker_the_run_ends():
+    class Refused(SimulatedTransport):
+        def start(self, worker):
+            self._add(self.now(), Event(Kind.REFUSED, worker, None, "another base"))
 
-    kind = Kind.REFUSED
-
-    def start(self, worker):
-        self._free[worker] = 0.0
-        self._add(self.now(), Event(self.kind, worker, None, "another base"))
-
-
-@pytest.mark.parametrize("kind", [Kind.REFUSED, Kind.LOST])
-def test_without_any_worker_the_run_ends(kind):
-    transport = Unstartable(lambda worker, items: 1.0)
-    transport.kind = kind
     with pytest.raises(RunError, match="no worker is left"):
-        dispatcher(transport, 2)
+        dispatcher(Refused(lambda worker, items: 1.0), 2)
 
 
 def test_an_error_of_a_batch_is_raised_and_what_is_in_flight_is_dropped_later():
