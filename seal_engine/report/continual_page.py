@@ -14,8 +14,10 @@ CAPTIONS = {
 }
 
 
-def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[str, str], settings: str) -> str:
-    """The page as HTML. settings: its last section."""
+def continual_page(
+    ledger: Ledger, result: ContinualResult, pictures: Mapping[str, str], settings: str, workers: str = ""
+) -> str:
+    """The page as HTML. settings: its last section. workers: a table of who did how much."""
     shown = [figure(pictures[name], caption) for name, caption in CAPTIONS.items() if name in pictures]
     facts = [
         ("began", date(ledger.started)),
@@ -26,7 +28,7 @@ def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[st
     return document(
         continual_claim(result),
         [
-            "<h2>Run</h2>\n" + table(("", ""), facts),
+            "<h2>Run</h2>\n" + table(("", ""), facts) + workers,
             "<h2>What is learned and what is kept</h2>\n" + _measures(result),
             "<h2>Pictures</h2>\n" + "".join(shown),
             "<h2>What else has changed</h2>\n" + _probes(result),
