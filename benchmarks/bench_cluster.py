@@ -95,6 +95,7 @@ def test_workers(benchmark, record):
 
     def measured() -> None:
         times: dict[int, list[float]] = {}
+        sent: dict[int, dict[str, int]] = {}
         for count in (0, *WORKERS, *reversed(WORKERS), 0):
             if count == 0:
                 times.setdefault(0, []).append(measure.fastest(lambda: here.attempt(some), rounds=1))
@@ -107,25 +108,25 @@ def test_workers(benchmark, record):
                 loop.attempt(some)
                 times.setdefault(count, []).append(perf_counter() - start)
                 after = counted(pool)
-                sent = {name: after[name] - before[name] for name in before}
+                sent[count] = {name: after[name] - before[name] for name in before}
                 if count == 1:
                     RECORDED["driver"] = driver_seconds(pool)
                     start = perf_counter()
                     pool.merge(update)
                     pool.generate(["a"], progress=False)
                     RECORDED["broadcast"] = perf_counter() - start
+        costs = [_group_cost([one], 6) for one in some]
+        shares = [RECORDED["per_trial"] * cost / fmean(costs) for cost in costs]
         for count, own in sorted(times.items()):
+            crowded = max(1.0, count / cores)  # how much longer everything takes, where workers share cores
+            parts = [crowded * share for share in shares], crowded * RECORDED["per_batch"], RECORDED["driver"]
             record(
                 what="real workers", workers=count, cores=cores, trials=len(some), seconds=min(own),
-                of_one=min(times[1]) / min(own),
+                predicted_seconds=simulated(max(1, count), *parts), of_one=min(times[1]) / min(own),
+                **{f"{name}_per_trial": value / len(some) for name, value in sent.get(count, {}).items()},
             )  # fmt: skip
         record(what="the driver, per batch", ms=1e3 * RECORDED["driver"])
         record(what="broadcast and merge of an update", mib=update.nbytes / 2**20, seconds=RECORDED["broadcast"])
-        record(
-            what="messages", workers=count, batches=sent["batches"],
-            messages_per_trial=sent["messages"] / len(some), bytes_sent_per_trial=sent["bytes_sent"] / len(some),
-            bytes_received_per_trial=sent["bytes_received"] / len(some),
-        )  # fmt: skip
 
     benchmark.pedantic(measured, rounds=1, iterations=1)
 

@@ -4,6 +4,7 @@ The scheduler knows neither Ray nor engines. A Transport carries batches to work
 has Ray's, simulation.py one in virtual time.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,8 +236,7 @@ class _Run:
 
     def take(self, workers: int, limit: int | None) -> list[int]:
         """The next batch: what is left evenly among workers, divided, and not too small; one worker gets all."""
-        shares = SHARES if workers > 1 else 1
-        share = max(self.left / (shares * workers), MIN_SHARE * self.total / workers)
+        share = max(self.left / (SHARES * workers), MIN_SHARE * self.total / workers) if workers > 1 else math.inf
         batch, cost, most = [], 0.0, limit or len(self.items)
         while self.queue:
             most = min(most, self.together[self.queue[0]])
