@@ -509,6 +509,47 @@ def forgetting_long() -> str:
     return table(heads, lines) + routed + text
 
 
+def cluster_workers() -> str:
+    """Real workers beside the model, and what goes between them and the driver."""
+    rows, machine = read("bench_cluster_cpu")
+    line, real = pick(rows, what="line through batches"), [row for row in rows if row["what"] == "real workers"]
+    lines = []
+    for row in real:
+        traffic = [""] * 3
+        if "messages_per_trial" in row:
+            bytes_per_trial = row["bytes_sent_per_trial"] + row["bytes_received_per_trial"]
+            batches = f"{row['batches_per_trial'] * row['trials']:.0f}"
+            traffic = [batches, f"{row['messages_per_trial']:.2f}", f"{bytes_per_trial:,.0f}"]
+        seconds = [f"{row['seconds']:.2f}", f"{row['predicted_seconds']:.2f}"]
+        lines.append([str(row["workers"] or "no Ray"), *seconds, *traffic])
+    heads = ("workers", "seconds", "by the model", "batches", "messages per trial", "bytes per trial")
+    driver, update = (pick(rows, what=what) for what in ("the driver, per batch", "broadcast and merge of an update"))
+    alone = pick(rows, what="a trial by itself")
+    text = prose(
+        f"{real[0]['trials']} trials of the miniature on {real[0]['cores']} cores, workers of one thread each. A batch "
+        f"of k trials takes one worker {1e3 * line['per_batch_seconds']:.0f} + {1e3 * line['per_trial_seconds']:.0f} k "
+        f"ms, a trial by itself {1e3 * alone['seconds']:.0f} ms, the longest of 32 "
+        f"{1e3 * alone['longest_seconds']:.0f} ms; a batch takes the driver {driver['ms']:.2f} ms; an update of "
+        f"{update['mib']:.1f} MiB is sent and merged in {1e3 * update['seconds']:.0f} ms."
+    )
+    return table(heads, lines) + text + source("bench_cluster_cpu", machine)
+
+
+def cluster_simulated() -> str:
+    """Efficiency of simulated workers."""
+    rows, _ = read("bench_cluster_cpu")
+    kinds = ("one by one", "in batches")
+    made = {(row["trials_taken"], row["workers"]): row for row in rows if row["what"] == "simulated"}
+    lines = []
+    for workers in sorted({workers for _, workers in made}):
+        cells = [
+            (f"{made[kind, workers]['seconds']:.2f}", percent(made[kind, workers]["efficiency"])) for kind in kinds
+        ]
+        lines.append([str(workers), *(cell for pair in cells for cell in pair)])
+    heads = ("workers", "one by one: seconds", "efficiency (%)", "in batches: seconds", "efficiency (%)")
+    return table(heads, lines)
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / page: {function.__name__: function for function in functions}
     for page, functions in {
@@ -529,6 +570,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         ),
         "docs/quantization.md": (quantization,),
         "docs/serve.md": (serve,),
+        "docs/scaling.md": (cluster_workers, cluster_simulated),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()
 }

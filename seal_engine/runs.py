@@ -7,12 +7,15 @@ and what the task writes when it is done.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from seal_engine.cluster.pool import Pool
+from seal_engine.cluster.shares import record_workers
 from seal_engine.domains.few_shot.puzzle_picture import write_puzzles
 from seal_engine.domains.few_shot.submission import write_submission
 from seal_engine.domains.few_shot.task import PUBLISHED, FewShot, FewShotConfig
@@ -26,12 +29,13 @@ from seal_engine.loop.continual import Continual, validate_continual
 from seal_engine.loop.continual_config import ContinualConfig
 from seal_engine.loop.continual_results import read_result, write_summaries
 from seal_engine.loop.continual_results import table as continual_table
+from seal_engine.loop.inner import InnerLoop
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import EVALUATION, ROUND, Phase
 from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS, ReSTEM, validate_run
 from seal_engine.loop.settings import defaults_of, make, rename_old
 from seal_engine.model.adapter_layout import adapter_layout
-from seal_engine.model.gguf import is_gguf
+from seal_engine.model.fingerprint import fingerprint
 from seal_engine.model.quantize import QUANTIZE
 from seal_engine.progress import write_line
 from seal_engine.real.conclusion import conclusion
@@ -52,6 +56,8 @@ FILES = (
 # Settings that change no result: a run may go on with other values.
 MUTABLE = (
     "device",
+    "workers",
+    "ray_address",
     "max_ungraded",
     "endpoint",
     "endpoint_key_variable",
@@ -60,11 +66,6 @@ MUTABLE = (
     "endpoint_fields",
 )
 GROWING = ("rounds",)  # settings that may be larger when a run goes on
-MEGABYTE = 1 << 20
-MODEL_FILES: tuple[str, ...] = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ class EngineConfig:
     dtype: str = setting("auto", "of the weights", DTYPES)
     quantize: str = setting("none", "what linears are quantised to while they are loaded", ("none", *QUANTIZE))
     deterministic: bool = setting(False, "an adapter's bits do not depend on which others are trained with it")
+    workers: int = setting(0, "engines that train and sample, each a process, on Ray (0: one, in this process)")
+    ray_address: str = setting("", "Ray that workers run on: auto, HOST:PORT; without it one is started here")
 
     def __post_init__(self):
+        require(self.workers >= 0, "workers", self.workers, "an integer >= 0")
         require(bool(self.model), "model", self.model, "the directory of a checkpoint")
         require(self.quantize in ("none", *QUANTIZE), "quantize", self.quantize, f"one of {['none', *QUANTIZE]}")
 
@@ -201,10 +205,7 @@ def start(
     settings = asdict(engine_config) | asdict(loop) | asdict(own)
     if TASKS[task].make is Knowledge and isinstance(loop, LoopConfig) and own.data and loop.rounds:
         validate_sizes(own, loop.contexts)
-    quantize = None if engine_config.quantize == "none" else engine_config.quantize
-    engine = Engine.from_pretrained(
-        engine_config.model, engine_config.device, engine_config.dtype, engine_config.deterministic, quantize
-    )
+    engine = _load_engine(engine_config, log)
     _validate_policy_update(engine, loop)
     with renamed_errors({"lora.target_modules": "targets"}):
         adapter_layout(engine.config, own.lora)  # targets that the model lacks are an error now, not in hours
@@ -213,20 +214,44 @@ def start(
         require(fixed, "grader", "model", "it with policy_update 'adapter': a merge would change who grades")
     domain = TASKS[task].make(own, engine)
     TASKS[task].loop.validate(domain, loop)
-    fingerprint = _fingerprint(Path(engine_config.model))
-    settings |= {"task": task, "sha256": files | fingerprint}
+    base = fingerprint(Path(engine_config.model))
+    settings |= {"task": task, "sha256": files | base}
     # A file that lies elsewhere now is the same file if its digest is the same; a run of an earlier version took fewer.
     mutable = (*MUTABLE, "model", "policies", *files)
-    defaults = {name: value for kind in kinds for name, value in defaults_of(kind).items()} | {"sha256": fingerprint}
-    with Ledger.open(out, settings, mutable, defaults, GROWING) as ledger:
+    defaults = {name: value for kind in kinds for name, value in defaults_of(kind).items()} | {"sha256": base}
+    with Ledger.open(out, settings, mutable, defaults, GROWING) as ledger, _workers(engine, ledger):
         record_environment(ledger.directory, engine.model.device)
         TASKS[task].begin(domain, ledger)
-        work = TASKS[task].loop.make(engine, domain, loop, ledger, log, progress)
+        parts = domain.answer_params, domain.grade, log, progress
+        inner_loop = engine.inner_loop(*parts) if isinstance(engine, Pool) else InnerLoop(engine, *parts)
+        work = TASKS[task].loop.make(engine, domain, loop, ledger, log, progress, inner_loop)
         if work.is_finished():
             log(_finished_line(ledger))
         work.run()
         TASKS[task].finish(domain, ledger)
         return ledger.directory
+
+
+def _load_engine(config: EngineConfig, log: Callable[[str], None]) -> Engine:
+    """The engine of a run, or the workers in its place."""
+    quantize = None if config.quantize == "none" else config.quantize
+    pooled = config.workers > 0 or bool(config.ray_address)
+    device = "cpu" if pooled else config.device
+    engine = Engine.from_pretrained(config.model, device, config.dtype, config.deterministic, quantize)
+    return Pool(engine, config.workers, config.ray_address, config.device, quantize, log) if pooled else engine
+
+
+@contextmanager
+def _workers(engine: Engine, ledger: Ledger) -> Iterator[None]:
+    """Ends the engine's workers, if it has any, with the block, and records what they have done."""
+    if not isinstance(engine, Pool):
+        yield
+        return
+    try:
+        with engine:
+            yield
+    finally:
+        record_workers(ledger.directory, engine.shares())
 
 
 def _finished_line(ledger: Ledger) -> str:
@@ -262,30 +287,6 @@ def resume(
     settings.pop("sha256", None)
     settings |= {} if rounds is None else {"rounds": rounds}
     return start(str(task), settings, directory, log, progress)
-
-
-def _fingerprint(model: Path) -> dict[str, str]:
-    """What tells this checkpoint from another: small files whole, of large ones the size and both ends.
-
-    All files count that decide a number: weights, configs, and whatever the tokenizer and its chat templates read.
-    """
-    if is_gguf(model):
-        return {"model.gguf": _ends_digest(model)}
-    found = dict.fromkeys(MODEL_FILES, "absent")
-    for pattern in (*MODEL_FILES, "*.safetensors", "additional_chat_templates/*.jinja"):
-        for file in sorted(model.glob(pattern)):
-            found[str(file.relative_to(model))] = _ends_digest(file)
-    return found
-
-
-def _ends_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        parts = [str(size).encode()]
-        for start in (0, max(0, size - MEGABYTE)):
-            stream.seek(start)
-            parts.append(stream.read(MEGABYTE))
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _digest(path: str) -> str:

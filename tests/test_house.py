@@ -26,7 +26,7 @@ ROOMS = [
     {"api"},
     {"__init__"},
     {"loop"},
-    {"domains"},
+    {"domains", "cluster"},
     {"serve"},
     {"tiny", "real"},
     {"runs"},
@@ -83,10 +83,10 @@ def test_kernels_import_nothing_of_the_engine():
         assert not imported(file, "seal_engine"), file
 
 
-@pytest.mark.parametrize("module", ["transformers", "peft", "triton", "fastapi", "zmq"])
+@pytest.mark.parametrize("module", ["transformers", "peft", "triton", "fastapi", "zmq", "ray"])
 def test_the_cpu_path_does_not_import(module):
     """Importing the engine and the command line on a machine without a GPU brings in neither Hugging Face's stack nor
-    triton nor what the extra `serve` installs."""
+    triton nor what the extras `serve` and `ray` install."""
     if module == "triton":
         import torch
 

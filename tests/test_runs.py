@@ -7,8 +7,8 @@ from contextlib import closing
 
 import pytest
 
-from seal_engine import runs
 from seal_engine.cli.main import main
+from seal_engine.model.fingerprint import MODEL_FILES
 from seal_engine.tiny import MODEL
 
 FLAGS = ["--rounds=0", "--contexts=2", "--held-out-contexts=2", "--max-tokens=30", "--epochs=1", "--passage-copies=0"]
@@ -40,7 +40,7 @@ def test_files_that_moved_are_the_same_files(home):
     assert main(["resume", str(home / "run"), "--quiet"]) == 0  # it knows the new paths
 
 
-@pytest.mark.parametrize("name", runs.MODEL_FILES)
+@pytest.mark.parametrize("name", MODEL_FILES)
 def test_every_file_of_a_model_that_decides_numbers_is_watched(home, name, capsys):
     """Changed or, where there was none, added: a chat template decides every token of a chat."""
     file = home / "model" / name

@@ -12,6 +12,7 @@ FLOPs and one exponential per element forward, twice that backward: memory bound
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class SwiGLU(torch.autograd.Function):
                 options = launch_config(F).options()
                 swiglu_forward_kernel[_grid(T, F)](gate_up, y, T, F, gate_up.stride(0), **options)
         else:
-            _on_cpu(_forward_cpu, batch_invariant, gate_up, out=y)
+            _in_float32(partial(_forward_cpu, batch_invariant), gate_up, out=y)
         ctx.save_for_backward(gate_up)
         ctx.batch_invariant = batch_invariant
         return y
@@ -101,7 +102,7 @@ class SwiGLU(torch.autograd.Function):
                 tensors, options = (dy.contiguous(), gate_up, dgate_up), launch_config(F).options()
                 swiglu_backward_kernel[_grid(T, F)](*tensors, T, F, gate_up.stride(0), **options)
         else:
-            _on_cpu(_backward_cpu, ctx.batch_invariant, gate_up, dy, out=dgate_up)
+            _in_float32(partial(_backward_cpu, ctx.batch_invariant), gate_up, dy, out=dgate_up)
         return dgate_up, None
 
 
@@ -134,16 +135,17 @@ def _backward_cpu(batch_invariant: bool, gate_up: Tensor, dy: Tensor, *, out: Te
         torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
 
 
-def _on_cpu(fn: Callable[..., None], batch_invariant: bool, *tensors: Tensor, out: Tensor) -> None:
-    """fn(batch_invariant, *tensors, out=out). Operations on 16 bits are float32 inside; of a batch-invariant one, whose
-    operations are more, 16-bit tensors are widened, some rows at a time, which stay in the cache."""
-    if out.element_size() >= 4 or not batch_invariant:
-        fn(batch_invariant, *tensors, out=out)
-        return
-    for *rows, out_rows in zip(*(x.split(WIDENED_ROWS) for x in (*tensors, out)), strict=True):
-        wide = torch.empty(out_rows.shape)
-        fn(batch_invariant, *(x.float() for x in rows), out=wide)
-        out_rows.copy_(wide)
+def _in_float32(fn: Callable[..., None], *tensors: Tensor, out: Tensor) -> None:
+    """fn(*tensors, out=out), in float32 where tensors are narrower: some rows at a time, which stay in the cache."""
+    if out.element_size() >= 4:
+        fn(*tensors, out=out)
+    elif len(out) > WIDENED_ROWS:
+        for *rows, out_rows in zip(*(x.split(WIDENED_ROWS) for x in (*tensors, out)), strict=True):
+            _in_float32(fn, *rows, out=out_rows)
+    else:
+        wide = torch.empty(out.shape)
+        fn(*(x.float() for x in tensors), out=wide)
+        out.copy_(wide)
 
 
 def swiglu(gate_up: Tensor, batch_invariant: bool = False) -> Tensor:

@@ -22,6 +22,7 @@ from seal_engine.types import InputError, require
 ROOT = Path(__file__).parents[2]
 # Whose tests a benchmark relies on that has none of its own name.
 TESTS = {
+    "cluster": ["dispatch", "pool"],
     "decode": ["sampler", "packed"],
     "demo": ["tiny"],
     "demo_few_shot": ["tiny_puzzles"],

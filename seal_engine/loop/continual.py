@@ -90,11 +90,13 @@ class Continual:
         ledger: Ledger,
         log: Callable[[str], None] = write_line,
         progress: bool = True,
+        inner_loop: InnerLoop | None = None,
     ):
-        """log: takes one line of text on what has been measured. progress: bars for what takes over a second."""
+        """log: takes one line of text on what has been measured. progress: bars for what takes over a second.
+        inner_loop: where trials are computed; None: over the engine."""
         self.engine, self.domain, self.config, self.ledger = engine, domain, config, ledger
         self.log, self.progress = log, progress
-        self.inner_loop = InnerLoop(engine, domain.answer_params, domain.grade, log, progress)
+        self.inner_loop = inner_loop or InnerLoop(engine, domain.answer_params, domain.grade, log, progress)
         self.make_job = cache(domain.job)
 
     def run(self) -> None:

@@ -91,6 +91,15 @@ class InnerLoop:
         A candidate that is rejected or whose job fails has an error, no answers and no grades.
         """
         start = perf_counter()
+        results = self.attempt(candidates)
+        asked = [i for i, result in enumerate(results) if result.error is None]
+        graded = self.grade([(candidates[i][0].context, results[i].answers) for i in asked])
+        grades = {i: tuple(own) for i, own in zip(asked, graded, strict=True)}
+        seconds = (perf_counter() - start) / max(1, len(candidates))
+        return [replace(result, grades=grades.get(i, ()), seconds=seconds) for i, result in enumerate(results)]
+
+    def attempt(self, candidates: Sequence[tuple[Candidate, int]]) -> list[TrialResult]:
+        """`run` up to the answers: results without grades and seconds."""
         trained = self.train([_seeded(candidate, seed) for candidate, seed in candidates])
         results = [
             TrainResult(None, [], 0, candidate.rejected) if result is None else result
@@ -99,17 +108,14 @@ class InnerLoop:
         asked = [i for i, result in enumerate(results) if result.error is None]
         questions = []
         for i in asked:
-            candidate = candidates[i][0]
-            adapters = [results[i].adapter] * len(candidate.questions)
-            questions.append((candidate.context, candidate.questions, adapters))
-        answered = dict(zip(asked, self.answer(questions), strict=True))
-        seconds = (perf_counter() - start) / max(1, len(candidates))
+            prompts = candidates[i][0].questions
+            questions.append((prompts, [results[i].adapter] * len(prompts)))
+        answers = dict(zip(asked, self.ask(questions), strict=True))
         trials = []
         for i, result in enumerate(results):
-            answers, grades = answered.get(i, ((), ()))
             final_loss = result.losses[-1] if result.losses else None
             numbers = result.num_steps, result.num_tokens, final_loss
-            trials.append(TrialResult(*numbers, result.error, answers, grades, seconds, loss_curve(result.losses)))
+            trials.append(TrialResult(*numbers, result.error, answers.get(i, ()), (), 0.0, loss_curve(result.losses)))
         return trials
 
     def train(self, jobs: Sequence[TrainJob | None]) -> list[TrainResult | None]:
@@ -124,17 +130,21 @@ class InnerLoop:
         self, questions: Sequence[tuple[str, Sequence[Prompt], Sequence[Adapter | None]]]
     ) -> list[tuple[tuple[str, ...], tuple[float | None, ...]]]:
         """The answers and grades for each (context, prompts, an adapter for each prompt), all answered at once."""
-        prompts = [prompt for _, own, _ in questions for prompt in own]
-        adapters = [adapter for _, _, own in questions for adapter in own]
+        answers = self.ask([(prompts, adapters) for _, prompts, adapters in questions])
+        graded = self.grade([(context, own) for (context, _, _), own in zip(questions, answers, strict=True)])
+        return [(own, tuple(grades)) for own, grades in zip(answers, graded, strict=True)]
+
+    def ask(self, questions: Sequence[tuple[Sequence[Prompt], Sequence[Adapter | None]]]) -> list[tuple[str, ...]]:
+        """The answers for each (prompts, an adapter for each prompt), all answered at once."""
+        prompts = [prompt for own, _ in questions for prompt in own]
+        adapters = [adapter for _, own in questions for adapter in own]
         params = self.answer_params
         outputs = self.engine.generate(prompts, params, adapters, progress=self.progress) if prompts else []
         failed = [output.error for output in outputs if output.error]
         if failed:
             self.log(f"{len(failed)} of {len(outputs)} questions could not be asked and count as wrong: {failed[0]}")
         texts = iter("" if output.error else output.outputs[0].text for output in outputs)
-        answers = [tuple(next(texts) for _ in own) for _, own, _ in questions]
-        graded = self.grade([(context, own) for (context, _, _), own in zip(questions, answers, strict=True)])
-        return [(own, tuple(grades)) for own, grades in zip(answers, graded, strict=True)]
+        return [tuple(next(texts) for _ in own) for own, _ in questions]
 
 
 def _seeded(candidate: Candidate, seed: int) -> TrainJob | None:

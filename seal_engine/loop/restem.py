@@ -66,15 +66,17 @@ class ReSTEM:
         ledger: Ledger,
         log: Callable[[str], None] = write_line,
         progress: bool = True,
+        inner_loop: InnerLoop | None = None,
     ):
-        """log: takes one line of text on what has been measured. progress: bars for what takes over a second."""
+        """log: takes one line of text on what has been measured. progress: bars for what takes over a second.
+        inner_loop: where trials are computed; None: over the engine."""
         self.engine = engine
         self.domain = domain
         self.config = config
         self.ledger = ledger
         self.log = log
         self.progress = progress
-        self.inner_loop = InnerLoop(engine, domain.answer_params, domain.grade, log, progress)
+        self.inner_loop = inner_loop or InnerLoop(engine, domain.answer_params, domain.grade, log, progress)
         self.policy: Adapter | None = None  # writes self-edits on top of the base; None: the base writes them
         self.steps = self._steps_of(config.seeds[0])
 

@@ -58,8 +58,8 @@ class Model:
     """Parameters in `dtype` on `device`, and the forward pass.
 
     The residual stream is in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (seal_kernels.linear).
-    What products read and write, and cached K/V, are in `product_dtype`: on a CPU, too, bfloat16 where its products round
-    to that.
+    What products read and write, and cached K/V, are in `product_dtype`: bfloat16 on a CPU, too, where its products
+    round to that.
     """
 
     def __init__(
@@ -274,6 +274,7 @@ class Model:
         options = {"batch_invariant": self.batch_invariant, "shared": batch.shared}
         out = paged_attention(q, keys, values, *places, window=self.layers[i].window, **options)
         for tokens, part in decoded:
+            assert tokens is not None, "only one arena has all rows"
             out.index_copy_(0, tokens, part)
         return out
 

@@ -19,8 +19,10 @@ CAPTIONS = {
 }
 
 
-def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[str, str], settings: str) -> str:
-    """The page as HTML. settings: its last section."""
+def continual_page(
+    ledger: Ledger, result: ContinualResult, pictures: Mapping[str, str], settings: str, workers: str = ""
+) -> str:
+    """The page as HTML. settings: its last section. workers: a table of who did how much."""
     shown = {name: figure(pictures[name], caption) for name, caption in CAPTIONS.items() if name in pictures}
     facts = [
         ("began", date(ledger.started)),
@@ -36,7 +38,7 @@ def continual_page(ledger: Ledger, result: ContinualResult, pictures: Mapping[st
             "<h2>What is learned and what is kept</h2>\n" + _measures(result),
             "".join(shown.values()),
             "<h2>What else has changed</h2>\n" + _probes(result),
-            "<h2>Run</h2>\n" + table(("", ""), facts),
+            "<h2>Run</h2>\n" + table(("", ""), facts) + workers,
             "<h2>Settings</h2>\n" + settings,
         ],
     )

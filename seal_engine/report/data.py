@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
+from seal_engine.cluster.shares import read_workers
 from seal_engine.domains.knowledge.context_texts import read_contexts
 from seal_engine.environment import read_environments
 from seal_engine.loop.ledger import Ledger
@@ -69,6 +70,7 @@ class RunData:
 
     def __init__(self, ledger: Ledger):
         self.contexts = read_contexts(ledger.directory)
+        self.workers = read_workers(ledger.directory)
         self.environments = read_environments(ledger.directory)
         self.config = ledger.config
         self.metrics = ledger.metrics()

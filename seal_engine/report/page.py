@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from seal_engine.cluster.shares import read_workers
 from seal_engine.domains.few_shot import puzzle_picture
 from seal_engine.domains.few_shot.task import FewShotConfig
 from seal_engine.files import replace_file
@@ -36,6 +37,7 @@ from seal_engine.report.html import (
 )
 from seal_engine.report.self_edits import KEPT, NOT_KEPT, REJECTED, RoundRewards, judged_rounds
 from seal_engine.report.settings import environment_section, settings_section
+from seal_engine.report.workers import workers_table
 from seal_engine.runs import TASKS, Row, is_continual, rows
 from seal_engine.svg import clean, standalone
 
@@ -91,7 +93,9 @@ def _write_continual(directory: Path, ledger: Ledger) -> Path:
     pictures = draw_continual(result.methods)
     for name, picture in pictures.items():
         replace_file(directory / f"{name}.svg", standalone(picture))
-    page = continual_page(ledger, result, pictures, settings_section(ledger.config))
+    page = continual_page(
+        ledger, result, pictures, settings_section(ledger.config), workers_table(read_workers(directory))
+    )
     return replace_file(directory / PAGE, page.encode("utf-8", "replace"))
 
 
@@ -284,12 +288,12 @@ def _cost(data: RunData) -> str:
     sums = [sum(own[part] for own in stages.values()) for part in PARTS]
     cpu = data.cpu_seconds_by_stage
     cpu["all"] = None if None in cpu.values() else sum(finite(cpu.values()))
-    shown = [
+    by_stage = [
         [name, *map(duration, own), duration(sum(own)), NONE if cpu[name] is None else duration(cpu[name] or 0.0)]
         for name, own in [*lines, ("all", sums)]
     ]
     if sum(sums) > 0:
-        shown.append(["share", *(f"{100 * value / sum(sums):.0f}%" for value in (*sums, sum(sums))), ""])
+        by_stage.append(["share", *(f"{100 * value / sum(sums):.0f}%" for value in (*sums, sum(sums))), ""])
     cost = [
         (name, f"{len(own):,}", number(mean(t.seconds for t in own)), number(mean(float(t.num_tokens) for t in own)))
         for name, own in (
@@ -302,6 +306,7 @@ def _cost(data: RunData) -> str:
         "stages, others had the machine's cores, or the run waited. Trials with the same self-edit and "
         "seed share an adapter, so that there are more trials than adapters."
     )
-    tables = table(("stage", *PARTS, "all", "CPU time"), shown, range(1, len(PARTS) + 3))
+    tables = table(("stage", *PARTS, "all", "CPU time"), by_stage, range(1, len(PARTS) + 3))
     tables += table(("trials", "count", "seconds each", "tokens trained on, each"), cost, (1, 2, 3))
-    return table(("", ""), facts) + fold("By stage, and each", tables) + f'<p class="note">{note}</p>\n'
+    shown = table(("", ""), facts) + fold("By stage, and each", tables) + f'<p class="note">{note}</p>\n'
+    return shown + workers_table(data.workers)
