@@ -1,4 +1,4 @@
-"""Contiguous K/V of sequences that are being decoded: the tokens are those from blocks, whoever comes, moves and leaves."""
+"""Contiguous K/V of sequences that are being decoded: the tokens are those from blocks, whoever comes and leaves."""
 
 import pytest
 import torch
