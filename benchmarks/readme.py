@@ -509,6 +509,7 @@ def forgetting_long() -> str:
     return table(heads, lines) + routed + text
 
 
+<<<<<<< .merge_file_pr74cE
 def cluster_workers() -> str:
     """Real workers beside the model, and what goes between them and the driver."""
     rows, machine = read("bench_cluster_cpu")
@@ -548,6 +549,23 @@ def cluster_simulated() -> str:
         lines.append([str(workers), *(cell for pair in cells for cell in pair)])
     heads = ("workers", "one by one: seconds", "efficiency (%)", "in batches: seconds", "efficiency (%)")
     return table(heads, lines)
+=======
+def tinker() -> str:
+    """The Tinker API: 32 tenants together, and what the wire adds."""
+    rows, machine = read("bench_tinker_cpu")
+    lines = [
+        [f"{row['what']} of {row['tenants']} models, together and one after the other",
+         f"{row['together_ms']:.1f} and {row['one_by_one_ms']:.1f} ms each, {row['ratio']:.1f} times as fast together"]
+        for row in rows if "ratio" in row
+    ]  # fmt: skip
+    python, http, sdk = (pick(rows, what=f"optim_step, {way}")["ms"] for way in ("Python", "HTTP", "SDK"))
+    lines.append(["a step of AdamW on next to nothing, in Python, over HTTP, and through the SDK",
+                  f"{python:.2f}, {http:.1f} and {sdk:.1f} ms"])  # fmt: skip
+    info = [row for row in rows if row["what"] == "get_info, HTTP"]
+    lines.append(["`get_info` over HTTP, one client and 16", " and ".join(rate(row["requests_per_s"]) for row in info)
+                  + " requests/s"])  # fmt: skip
+    return table(("what", "measured"), lines) + source("bench_tinker_cpu", machine)
+>>>>>>> .merge_file_Fz6pxG
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
@@ -569,8 +587,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             sample,
         ),
         "docs/quantization.md": (quantization,),
+<<<<<<< .merge_file_pr74cE
         "docs/serve.md": (serve,),
         "docs/scaling.md": (cluster_workers, cluster_simulated),
+=======
+        "docs/serve.md": (serve, tinker),
+>>>>>>> .merge_file_Fz6pxG
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()
 }

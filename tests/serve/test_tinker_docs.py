@@ -11,6 +11,8 @@ pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
 from tinker_cases import SDK_CONNECTIONS, tinker_server
 
 from seal_engine.cli.serve import serve_arguments
+from seal_engine.serve.setup import tinker_settings
+from seal_engine.types import InputError
 
 pytestmark = SDK_CONNECTIONS
 PAGE = (Path(__file__).parents[2] / "docs/tinker.md").read_text()
@@ -36,3 +38,21 @@ def test_every_flag_is_accepted():
     named = set(re.findall(r"`(--[a-z-]+)", PAGE))
     assert len(named) > 5
     assert named <= known
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--tinker-alpha", "nan"),
+        ("--tinker-max-models", "0"),
+        ("--tinker-model-bytes", "-1"),
+        ("--tinker-sampler-bytes", "-1"),
+        ("--tinker-session-seconds", "0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_their_flag(flag, value):
+    """Before anything is served."""
+    parser = argparse.ArgumentParser()
+    serve_arguments(parser)
+    with pytest.raises(InputError, match=rf"{flag}: found {value}.*; accepted: a"):
+        tinker_settings(parser.parse_args(["--model", "x", flag, value]))
