@@ -509,7 +509,6 @@ def forgetting_long() -> str:
     return table(heads, lines) + routed + text
 
 
-<<<<<<< .merge_file_pr74cE
 def cluster_workers() -> str:
     """Real workers beside the model, and what goes between them and the driver."""
     rows, machine = read("bench_cluster_cpu")
@@ -549,7 +548,8 @@ def cluster_simulated() -> str:
         lines.append([str(workers), *(cell for pair in cells for cell in pair)])
     heads = ("workers", "one by one: seconds", "efficiency (%)", "in batches: seconds", "efficiency (%)")
     return table(heads, lines)
-=======
+
+
 def tinker() -> str:
     """The Tinker API: 32 tenants together, and what the wire adds."""
     rows, machine = read("bench_tinker_cpu")
@@ -565,7 +565,6 @@ def tinker() -> str:
     lines.append(["`get_info` over HTTP, one client and 16", " and ".join(rate(row["requests_per_s"]) for row in info)
                   + " requests/s"])  # fmt: skip
     return table(("what", "measured"), lines) + source("bench_tinker_cpu", machine)
->>>>>>> .merge_file_Fz6pxG
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
@@ -587,12 +586,8 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             sample,
         ),
         "docs/quantization.md": (quantization,),
-<<<<<<< .merge_file_pr74cE
-        "docs/serve.md": (serve,),
-        "docs/scaling.md": (cluster_workers, cluster_simulated),
-=======
         "docs/serve.md": (serve, tinker),
->>>>>>> .merge_file_Fz6pxG
+        "docs/scaling.md": (cluster_workers, cluster_simulated),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()
 }
