@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from compare import DEVICE, DTYPES, check
+from compare import DEVICE, DTYPES, check, relative_error, run
 from gates import GATE_DTYPES, SM, compiles, gate
 from seal_kernels.rms_norm import (
     add_rms_norm,
@@ -50,6 +50,22 @@ def test_add_rms_norm_equals_reference(shape, dtype):
         [x, residual],
         [dy, dh],
     )
+
+
+def test_a_wide_residual_stream_and_narrow_products():
+    """x and y in bfloat16, the sum in float32: y alone is rounded, 2^-9 at most, and dx; not the rest."""
+    torch.manual_seed(3)
+    x, weight = randn(33, 40, dtype=torch.bfloat16), randn(40, dtype=torch.bfloat16)
+    residual, dh = randn(33, 40, dtype=torch.float32), randn(33, 40, dtype=torch.float32)
+    dy = randn(33, 40, dtype=torch.bfloat16)
+    y, h, dx, dresidual = run(lambda x, r: add_rms_norm(x, r, weight, EPS, torch.bfloat16), [x, residual], [dy, dh])
+    assert [t.dtype for t in (y, h, dx, dresidual)] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+    wide = [t.double() for t in (x, residual)]
+    truth = run(lambda x, r: add_rms_norm_ref(x, r, weight.double(), EPS), wide, [dy.double(), dh.double()])
+    errors = [relative_error(*pair) for pair in zip((y, h, dx, dresidual), truth, strict=True)]
+    assert max(errors[0], errors[2]) < 2**-8
+    assert max(errors[1], errors[3]) < 1e-6
+    assert rms_norm(residual, weight, EPS, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_heads_of_a_packed_projection_are_normed_without_a_copy():
