@@ -121,7 +121,7 @@ def test_waits_and_launches_only_add():
 
 def test_floors_are_the_benchmarks():
     """A part's rows have the FLOPs and bytes that benchmarks/bench_seal_round.py counts for the part."""
-    model = SimpleNamespace(dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    model = SimpleNamespace(dtype=torch.bfloat16, compute_dtype=torch.bfloat16, product_dtype=torch.bfloat16)
     work = bench_seal_round.draw(seal_round.read_trace(), QWEN)
     expected = bench_seal_round.costs(SimpleNamespace(config=QWEN, model=model), work)  # pyright: ignore
     ours = floors(Base(QWEN, 2), read_passages())
