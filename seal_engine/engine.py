@@ -241,13 +241,7 @@ class Engine:
         element_size = self.model.compute_dtype.itemsize
         cpu = self.model.device.type == "cpu"
         memory = training_memory(self.config, budget, element_size, free, recompute, cpu, layouts)
-        return Trainer(
-            self.model,
-            self.inputs.train_sequences,
-            budget,
-            callback=callback,
-            **memory._asdict(),
-        )
+        return Trainer(self.model, self.inputs.train_sequences, budget, callback=callback, **memory._asdict())
 
     def train(
         self,
