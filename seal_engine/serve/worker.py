@@ -198,7 +198,7 @@ class Worker:
 
     def _add_verb(self, request: VerbRequest, bounded: bool) -> "Future[list[Any]]":
         self._admit(TRAINING, 1, bounded)
-        self._inbox.put(partial(self._verbs.append, request))
+        self._inbox.put(lambda: self._verbs.append(request))  # to the queue that there is when the worker reads this
         return request.future
 
     # The worker's thread

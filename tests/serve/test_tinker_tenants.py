@@ -64,7 +64,7 @@ def policy(ids, seed):
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
 TARGETS = ({}, {"train_mlp": False}, {"train_attn": False})
-TENANTS = 6  # 64 at once leave SDK clients waiting now and then, which is not understood yet
+TENANTS = 64
 
 
 class Tenant:

@@ -53,6 +53,22 @@ def test_an_adapter_is_sampled_as_soon_as_it_is_trained(worker, engine):
     assert sample.future.result(30).outputs[0].token_ids == out.outputs[0].token_ids
 
 
+def test_a_call_that_is_submitted_while_others_are_taken_is_not_lost(worker, engine, monkeypatch):
+    """The worker takes its calls from the queue at the moment that a client submits one: it is run in a later turn."""
+    data = [Datum(engine.create_adapter(LoraConfig(r=4), seed), IDS) for seed in range(2)]
+    together, late = worker._together, []
+
+    def meanwhile():
+        if not late:
+            late.append(worker.forward(data[1:]))
+        return together()
+
+    monkeypatch.setattr(worker, "_together", meanwhile)
+    assert len(worker.forward(data[:1]).result(30)) == 1
+    assert len(late[0].result(30)) == 1
+    assert not worker.busy
+
+
 def test_a_patient_prompt_begins_when_nothing_trains(worker, engine):
     """Beside a job of seconds one with an hour's patience ends after the job, one with 20 ms before it;
     cancelled while it waits, it is counted out.
