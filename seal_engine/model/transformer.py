@@ -58,8 +58,8 @@ class Model:
     """Parameters in `dtype` on `device`, and the forward pass.
 
     The residual stream is in `compute_dtype`: the parameters' dtype on a GPU, float32 on a CPU (seal_kernels.linear).
-    What products read and write, and cached K/V, are in `product_dtype`: bfloat16 on a CPU, too, where its products
-    round to that.
+    Cached K/V and what lies between the two products of an MLP are in `product_dtype`: bfloat16 on a CPU, too, where
+    its products round to that. So is what other products read and write, where no gradient is wanted.
     """
 
     def __init__(
@@ -190,6 +190,11 @@ class Model:
         dtype = self.compute_dtype
         return rms_norm(x, self.norm, eps, dtype) if sums is None else add_rms_norm(x, sums, self.norm, eps, dtype)[0]
 
+    @property
+    def _normed_dtype(self) -> torch.dtype:
+        """What products that read a norm read and write. In training, low-rank updates meet what is not rounded."""
+        return self.compute_dtype if torch.is_grad_enabled() else self.product_dtype
+
     def _layer(
         self,
         i: int,
@@ -201,13 +206,13 @@ class Model:
         residual: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """One layer: (what it adds, what it adds it to), both [T, D]; residual None before the first."""
-        layer, eps = self.layers[i], self.config.rms_norm_eps
+        layer, eps, dtype = self.layers[i], self.config.rms_norm_eps, self._normed_dtype
         if residual is None:
-            normed, residual = rms_norm(x, layer.input_norm, eps, self.product_dtype), x
+            normed, residual = rms_norm(x, layer.input_norm, eps, dtype), x
         else:
-            normed, residual = add_rms_norm(x, residual, layer.input_norm, eps, self.product_dtype)
+            normed, residual = add_rms_norm(x, residual, layer.input_norm, eps, dtype)
         x = self._attention(i, normed, batch, rotation, lora)
-        normed, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps, self.product_dtype)
+        normed, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps, dtype)
         return self._mlp(i, lora, normed, recompute == "mlp"), residual
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -279,7 +284,7 @@ class Model:
         return out
 
     def _mlp(self, i: int, lora: LoraBatch | None, x: Tensor, recompute: bool) -> Tensor:
-        activate, down = partial(self._activate, i, lora), partial(self._down, i, lora)
+        activate, down = partial(self._activate, i, lora), partial(self._down, i, lora, dtype=x.dtype)
         if not recompute:
             return down(activate(x))
         # A frozen product keeps nothing for backward and need not be made again; one with an adapter keeps its input.
@@ -289,12 +294,12 @@ class Model:
 
     def _activate(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
         layer, group = self.layers[i], ProjectionGroup.GATE_UP
-        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group)  # [T, 2 F]
+        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group, self.product_dtype)  # [T, 2 F]
         return swiglu(gate_up, batch_invariant=self.batch_invariant)  # [T, F]
 
-    def _down(self, i: int, lora: LoraBatch | None, activated: Tensor) -> Tensor:
+    def _down(self, i: int, lora: LoraBatch | None, activated: Tensor, dtype: torch.dtype) -> Tensor:
         layer = self.layers[i]
-        return self._project(activated, layer.down, layer.down_bias, lora, i, ProjectionGroup.DOWN)
+        return self._project(activated, layer.down, layer.down_bias, lora, i, ProjectionGroup.DOWN, dtype)
 
     def _project(
         self,
