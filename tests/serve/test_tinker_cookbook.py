@@ -49,16 +49,16 @@ def test_sl_loop_and_rl_loop(directory, server):
 
 def test_sl_basic_and_what_goes_on_from_it(directory, server):
     """The loss falls; rl_basic loads the checkpoint, and distillation has it as the teacher of the base, to which the
-    divergence falls."""
+    divergence falls, on samples that nobody seeds: from 6 to 10 to 0.1 to 3.9 in five runs."""
     losses = tinker_recipes.run("sl_basic", directory, server.url, learning_rate=1e-2, max_steps=8)
     assert losses[-1] < 0.7 * losses[0]
     rewards = tinker_recipes.run("rl_basic", directory, server.url, max_steps=2, max_tokens=8)
     assert len(rewards) == 2
     assert all(-0.1 <= reward <= 1 for reward in rewards)
     divergences = tinker_recipes.run(
-        "on_policy_distillation", directory, server.url, max_steps=6, max_tokens=8, learning_rate=5e-3
+        "on_policy_distillation", directory, server.url, max_steps=20, max_tokens=8, learning_rate=2e-3
     )
-    assert min(divergences[-2:]) < 0.7 * divergences[0]
+    assert sum(divergences[-5:]) / 5 < 0.7 * divergences[0]
 
 
 def test_dpo(directory, server):
