@@ -15,6 +15,7 @@ from seal_kernels.packed import MIN_ELEMENTS
 from seal_kernels.quantized_linear import WeightFormat
 
 RECOMPUTE = ("none", "mlp", "layer")
+GRAPHED_FLOPS = 1.2e12  # a layer's base products in a pass that takes an H100 about as long as the host launches it
 HEADROOM = 0.9  # share of the memory that is planned with: allocators fragment
 
 
@@ -94,6 +95,7 @@ class TrainingMemory(NamedTuple):
 
     recompute: str  # what backward computes again
     kept_tokens: int  # in a pass of at most so many tokens nothing: all its activations fit in the same memory
+    graph_tokens: int  # a pass of at most so many tokens is a CUDA graph, which keeps memory of its own
     state_bytes: int  # what is left for adapters and their states
 
 
@@ -110,7 +112,8 @@ def training_memory(
 
     tokens: of a pass. free_bytes: beside the weights. "auto": as little as leaves half of what is planned with, and
     nothing in a pass that needs no more memory with all of its activations. layouts: of the adapters that will be
-    trained; none: of any.
+    trained; none: of any. On a GPU passes are graphs that the host would take longer to launch than the device takes to
+    compute, as far as their activations take at most a tenth of the memory.
     """
     layouts = layouts or [adapter_layout(config, LoraConfig(r=1, target_modules="all-linear"))]
 
@@ -124,7 +127,15 @@ def training_memory(
     planned, kept_tokens = cost(tokens, choice), 0
     if recompute == "auto":
         kept_tokens = bisect_right(range(1, tokens + 1), planned, key=lambda tokens: cost(tokens, "none"))
-    return TrainingMemory(choice, kept_tokens, max(0, int(HEADROOM * (free_bytes - planned))))
+    graph_tokens = 0
+    if not cpu and recompute == "auto":
+        per_layer = config.num_matrix_parameters / config.num_hidden_layers
+        host_bound = min(tokens, int(GRAPHED_FLOPS / (4 * per_layer)))
+        sizes = range(1, host_bound + 1)
+        graph_tokens = bisect_right(sizes, free_bytes // 10, key=lambda tokens: cost(tokens, "none"))
+    graph_bytes = cost(graph_tokens + graph_tokens // 8, "none") if graph_tokens else 0  # passes are padded
+    state_bytes = max(0, int(HEADROOM * (free_bytes - planned - graph_bytes)))
+    return TrainingMemory(choice, kept_tokens, graph_tokens, state_bytes)
 
 
 def make_plan(

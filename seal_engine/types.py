@@ -50,12 +50,17 @@ class PackedBatch:
     @staticmethod
     def pack(sequences: Sequence[Sequence[int]], device: torch.device) -> "PackedBatch":
         """Lay sequences of token ids end to end on `device`. Empty sequences are allowed."""
-        lengths = tuple(len(s) for s in sequences)
-        token_ids = np.fromiter(chain.from_iterable(sequences), np.int64, sum(lengths))
-        bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        positions = np.arange(len(token_ids)) - np.repeat(bounds[:-1], lengths)
-        ids, places, cu_seqlens = to_device(device, token_ids, positions, bounds.astype(np.int32))
-        return PackedBatch(ids, places, cu_seqlens, lengths)
+        ids, positions, cu_seqlens = to_device(device, *packed_arrays(sequences))
+        return PackedBatch(ids, positions, cu_seqlens, tuple(len(s) for s in sequences))
+
+
+def packed_arrays(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token_ids [T], positions [T], cu_seqlens [S + 1]) of sequences that are laid end to end, as PackedBatch has."""
+    lengths = [len(s) for s in sequences]
+    token_ids = np.fromiter(chain.from_iterable(sequences), np.int64, sum(lengths))
+    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    positions = np.arange(len(token_ids)) - np.repeat(bounds[:-1], lengths)
+    return token_ids, positions, bounds.astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -146,13 +146,29 @@ def test_bytes_by_kind_add_up(recompute, adapters):
 def test_small_passes_keep_their_activations():
     """Within the memory of a whole pass that recomputes: the next larger one needs more. What is asked for holds."""
     layout = adapter_layout(QWEN_7B, SEAL)
-    recompute, kept, state = training_memory(QWEN_7B, 8192, 2, 60 * 10**9, layouts=[layout])
+    recompute, kept, graphed, state = training_memory(QWEN_7B, 8192, 2, 60 * 10**9, layouts=[layout])
     planned = activation_bytes(QWEN_7B, layout, 8192, 2, "mlp", cpu=False)
-    assert (recompute, state) == ("mlp", int(HEADROOM * (60 * 10**9 - planned)))
+    graphs = activation_bytes(QWEN_7B, layout, graphed + graphed // 8, 2, "none", cpu=False)
+    assert (recompute, state) == ("mlp", int(HEADROOM * (60 * 10**9 - planned - graphs)))
     sizes = [activation_bytes(QWEN_7B, layout, tokens, 2, "none", cpu=False) for tokens in (kept, kept + 1)]
     assert sizes[0] <= planned < sizes[1]
-    assert training_memory(QWEN_7B, 8192, 2, 60 * 10**9, "mlp", layouts=[layout]) == ("mlp", 0, state)
+    state = int(HEADROOM * (60 * 10**9 - planned))
+    assert training_memory(QWEN_7B, 8192, 2, 60 * 10**9, "mlp", layouts=[layout]) == ("mlp", 0, 0, state)
     assert training_memory(QWEN_7B, 8192, 2, 90 * 10**9, layouts=[layout])[:2] == ("none", 8192)
+
+
+def test_graphs_are_for_passes_that_wait_for_the_host():
+    """About 1.8 ms a layer on an H100 (docs/decisions.md): 1.2 TFLOP, forward and backward. A tenth of the memory is
+    the most that their activations take; on a CPU there are none."""
+    small = ModelConfig.from_dict({**MEASURED, "hidden_size": 1024, "intermediate_size": 4096})
+    for config, memory in ((QWEN_7B, 60 * 10**9), (small, 60 * 10**9), (QWEN_7B, 20 * 10**9)):
+        graphed = training_memory(config, 8192, 2, memory).graph_tokens
+        layout = adapter_layout(config, LoraConfig(r=1, target_modules="all-linear"))
+        taken, more = [activation_bytes(config, layout, n, 2, "none", cpu=False) for n in (graphed, graphed + 1)]
+        flops = 4 * config.num_matrix_parameters / config.num_hidden_layers * graphed
+        assert taken <= memory // 10
+        assert more > memory // 10 or graphed == 8192 or flops == pytest.approx(1.2e12, rel=0.01)
+    assert training_memory(QWEN_7B, 8192, 4, 60 * 10**9, cpu=True).graph_tokens == 0
 
 
 def test_recompute_is_the_least_that_lets_a_step_be_resident():

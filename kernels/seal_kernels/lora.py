@@ -156,6 +156,8 @@ def lora_outer_kernel(
 ):
     """dP += scale h^T x. A program updates one tile of dP from all tokens of the segment, in order."""
     segment, start, first, end = load_block(blocks_ptr, tl.program_id(2))
+    if first >= end:  # an idle block of a captured launch
+        return
     _, dp_ptr, rank, h_column, column, width, scale, seed, limit = load_factor(
         factors_ptr, segment, first_factor + tl.program_id(1), stride_factors, ALIGNED, ALIGNED_H
     )

@@ -19,6 +19,7 @@ from seal_engine.forecast.timeline import Timeline, Work
 from seal_engine.model.adapter_layout import adapter_layout, projection_sizes
 from seal_engine.model.config import ModelConfig
 from seal_engine.plan import training_memory
+from seal_engine.training.pass_graph import padded_tokens
 from seal_engine.types import LoraConfig
 from seal_kernels.cross_entropy import CHUNK_BYTES, chunk_tokens
 from seal_kernels.dispatch import ceil_div
@@ -70,7 +71,7 @@ class Simulation:
         self.base = Base(config, (config.dtype or torch.bfloat16).itemsize)
         self.inner, self.policy = LowRank.of(config, published.INNER), LowRank.of(config, published.POLICY)
         self.free_bytes = gpu.memory - self.base.bytes_in_memory
-        self.recompute, self.kept_tokens, self.state_bytes = training_memory(
+        self.recompute, self.kept_tokens, self.graph_tokens, self.state_bytes = training_memory(
             config, TOKEN_BUDGET, self.base.element, self.free_bytes, layouts=[adapter_layout(config, published.INNER)]
         )
         self.pass_ended = 0.0  # the last one of training, on the device's clock
@@ -116,17 +117,37 @@ class Simulation:
         """Forward, backward and an optimizer step of each adapter, over all their sequences."""
         c, base, T, L, phase = self.config, self.base, sum(lengths), self.config.num_hidden_layers, self.timeline.phase
         chunks, work = ceil_div(targets, chunk_tokens(c.vocab_size, base.element, CHUNK_BYTES)), self.timeline.work
-        batch = T, sum(n * (n + 1) // 2 for n in lengths), adapters, lora
-        python = assumed("host: training pass") + adapters * assumed("host: adapter of a training pass")
-        phase(launches("packing", once=1), host=("host: Python", python))
-        phase(launches("forward", once=1, layer=L, group=lora.groups), *self.layers(*batch))
-        phase(
-            launches("loss", once=1, job=adapters, chunk=chunks),
+        graphed = self.graph_tokens >= T
+        computed = padded_tokens(T) if graphed else T
+        batch = computed, sum(n * (n + 1) // 2 for n in lengths), adapters, lora
+        forward, backward = self.layers(*batch), self.layers(*batch, backward=True)
+        loss = [
             work("base products", 4 * base.head * targets, 2 * base.element * base.head * chunks),
             work(NARROW, 0, (12 + 2 * base.element) * c.vocab_size * targets),
-        )
-        counts = launches("backward", once=1, job=adapters, layer=L, group=lora.groups)
-        phase(counts, *self.layers(*batch, backward=True))
+        ]
+        python = assumed("host: training pass") + adapters * assumed("host: adapter of a training pass")
+        counts = [
+            launches("forward", once=1, layer=L, group=lora.groups),
+            launches("loss", once=1, job=adapters, chunk=chunks),
+            launches("backward", once=1, job=adapters, layer=L, group=lora.groups),
+        ]
+        if graphed:
+            kernels = sum(count.torch + count.triton for count in counts)
+            begin = launches("graphed pass", once=1)
+            phase(begin, *forward, *loss, *backward, host=("host: Python", python), graph_kernels=kernels)
+        else:
+            phase(launches("packing", once=1), host=("host: Python", python))
+            for count, own in zip(counts, (forward, loss, backward), strict=True):
+                phase(count, *own)
+            self._recompute(T, batch, lora)
+        phase(launches("optimizer", once=1), work("optimizer", 0, 36 * lora.parameters * adapters))
+        self.timeline.wait_until(self.pass_ended)  # the losses of the pass before are read
+        self.pass_ended = self.timeline.device
+        self.passes.append(list(lengths))
+
+    def _recompute(self, T: int, batch: tuple[int, int, int, LowRank], lora: LowRank) -> None:
+        """What backward computes again in a pass of T tokens."""
+        c, L, work, phase = self.config, self.config.num_hidden_layers, self.timeline.work, self.timeline.phase
         recompute = "none" if self.kept_tokens >= T else self.recompute
         if recompute == "layer":
             everywhere = lora.groups == 4 * L  # then the layer's last product is made again, too
@@ -136,12 +157,9 @@ class Simulation:
             everywhere = lora.groups == 4 * L  # then down's input is needed, too
             count = launches("MLP again", adapted_layer=L) if everywhere else launches("MLP again", layer=L)
             products = (3 if everywhere else 2) * L * c.hidden_size * c.intermediate_size
-            narrow = work(NARROW, 0, 3 * base.element * T * c.intermediate_size * L)
-            phase(count, work("base products", 2 * products * T, base.element * products), narrow)
-        phase(launches("optimizer", once=1), work("optimizer", 0, 36 * lora.parameters * adapters))
-        self.timeline.wait_until(self.pass_ended)  # the losses of the pass before are read
-        self.pass_ended = self.timeline.device
-        self.passes.append(list(lengths))
+            element = self.base.element
+            narrow = work(NARROW, 0, 3 * element * T * c.intermediate_size * L)
+            phase(count, work("base products", 2 * products * T, element * products), narrow)
 
     def train(self, jobs: Sequence[Sequence[int]]) -> None:
         """Inner loops, each as the lengths of its steps' sequences; the longest are submitted first."""
@@ -178,7 +196,8 @@ class Simulation:
             self.timeline.phase(Count(waits=moves), link, host=locking)
         if not waiting or (resident and needed + size * len(finished) > self.state_bytes):
             return False
-        made = launches("adapter made", adapter=1, projection=self.inner.projections)
+        kinds = self.inner.groups // self.config.num_hidden_layers
+        made = launches("adapter made", **{"adapter": 1, "kind of group": kinds})
         self.timeline.phase(made, self.timeline.work("adapters made", 0, 5 * size))
         resident.append(waiting.popleft())
         return True

@@ -74,9 +74,22 @@ class Adapter:
     def create(model: ModelConfig, config: LoraConfig, device: torch.device, seed: int = 0) -> "Adapter":
         """A drawn from kaiming-uniform with a = sqrt(5), that is U(-1, 1) / sqrt(inputs), and B zero, as PEFT does."""
         adapter = Adapter(model, config, device)
+        layout, inputs = adapter.layout, [inputs for inputs, _ in projection_sizes(model)]
+        lengths = layout.ranks.sum(2) * inputs  # [L, 4] elements of A
         generator = torch.Generator(device).manual_seed(seed)
-        for _, a, _ in adapter.projections():
-            a.uniform_(-1, 1, generator=generator).mul_(a.shape[1] ** -0.5)
+        drawn = torch.empty(int(lengths.sum()), device=device).uniform_(-1, 1, generator=generator)
+        # Layers that are alike are written at once: a launch takes longer than its numbers.
+        L = len(lengths)
+        alike = bool((layout.ranks == layout.ranks[0]).all())
+        start = 0
+        for layer in range(1 if alike else L):
+            count = L if alike else 1
+            for group in np.flatnonzero(lengths[layer]).tolist():
+                length, offset = int(lengths[layer, group]), int(layout.offsets[layer, group, 0])
+                a = adapter.params.as_strided((count, length), (layout.size // L, 1), offset)
+                numbers = drawn.as_strided((count, length), (len(drawn) // L, 1), start)
+                torch.mul(numbers, inputs[group] ** -0.5, out=a)
+                start += length
         return adapter
 
     def copy(self) -> "Adapter":

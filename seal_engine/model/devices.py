@@ -29,6 +29,16 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def let_memory_grow(device: torch.device) -> None:
+    """Let a GPU's memory be allocated in segments that grow, unless the environment says how it is allocated.
+
+    Adapters and passes of many sizes come and go, and would leave holes in segments of fixed size: 9 of an H100's 79
+    GiB after ten sizes of passes.
+    """
+    if device.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of the device's memory."""
     if device.type == "cuda":

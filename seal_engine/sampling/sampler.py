@@ -17,10 +17,11 @@ from torch import Tensor
 from seal_engine.inputs import check_token_ids, integers
 from seal_engine.model.adapters import Adapter
 from seal_engine.model.devices import on_device
+from seal_engine.model.graphs import power_of_two
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.model.transformer import Model
 from seal_engine.sampling.decode_cache import DecodeCache
-from seal_engine.sampling.decode_graph import DecodeGraphs, padded_sequences
+from seal_engine.sampling.decode_graph import DecodeGraphs
 from seal_engine.sampling.detokenizer import Decode, Detokenizer
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.penalties import keep_min_p, penalize
@@ -288,7 +289,7 @@ class Sampler:
         last = self._lora
         if last is not None and all(last.params.get(adapter) is p for adapter, p in params.items()):
             tokens = [wanted.get(adapter, 0) for adapter in last.params]
-            fits = wanted.keys() <= last.params.keys() and len(tokens) <= padded_sequences(len(chunks))
+            fits = wanted.keys() <= last.params.keys() and len(tokens) <= power_of_two(len(chunks))
             if (decodes and fits) or (list(wanted), tokens) == (list(last.params), last.tokens):
                 return last.batch, tokens
         tokens = list(wanted.values())

@@ -39,12 +39,16 @@ def job_losses(logprobs: Tensor, counts: Sequence[int], weights: Sequence[float]
     whole optimizer step, so that the parts of a step sum to its mean. logprobs: [n] float32, the first counts[0] of
     them the first job's, and so on.
     """
-    scales = -np.array(weights)
-    gradient = np.repeat(scales, counts).astype(np.float32)
-    gradient, scales, lengths = to_device(logprobs.device, gradient, scales, np.array(counts))
+    arrays = loss_gradient(counts, weights), -np.array(weights), np.array(counts)
+    gradient, scales, lengths = to_device(logprobs.device, *arrays)
     # unsafe: lengths are not checked, for which the host would wait
     sums = torch.segment_reduce(logprobs.detach().double(), "sum", lengths=lengths, unsafe=True)
     return sums * scales, gradient
+
+
+def loss_gradient(counts: Sequence[int], weights: Sequence[float]) -> np.ndarray:
+    """d losses / d logprobs of `job_losses`, [n] float32, which no log-probability has a part in."""
+    return np.repeat(-np.array(weights), counts).astype(np.float32)
 
 
 def datum_loss(datum: Datum, logprobs: Tensor, name: str) -> Tensor:

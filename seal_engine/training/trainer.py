@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from seal_engine.model.transformer import Model
 from seal_engine.training.job_checkpoint import load_checkpoint, save_checkpoint
 from seal_engine.training.jobs import TrainJob, TrainResult, TrainSequence
 from seal_engine.training.losses import job_losses
+from seal_engine.training.pass_graph import PassGraphs
 from seal_engine.training.schedule import JobState
 from seal_engine.training.verbs import AdapterBatch, advance_adapters, target_logprobs, validate_dtype
 from seal_engine.types import InputError, is_integer
@@ -36,12 +38,14 @@ class Trainer:
         state_bytes: int | None = None,
         recompute: str = "none",
         kept_tokens: int = 0,
+        graph_tokens: int = 0,
         callback: Callable[[int, int, float], None] | None = None,
     ):
         """prepare: a job's sequences as checked token ids. token_budget: tokens per pass. state_bytes: what parameters,
         gradients and moments of resident jobs and the parameters of finished ones may take (one job is always
         admitted); None: no limit. recompute: what backward computes again, but in passes of at most kept_tokens tokens,
-        which keep all activations. callback(job_id, step, loss) is called after every optimizer step.
+        which keep all activations. graph_tokens: a pass of at most so many tokens is a CUDA graph. callback(job_id,
+        step, loss) is called after every optimizer step.
         """
         validate_dtype(model)
         self.model = model
@@ -49,6 +53,7 @@ class Trainer:
         self.token_budget = token_budget
         self.state_bytes = state_bytes
         self.recompute, self.kept_tokens = recompute, kept_tokens
+        self.graph_tokens = graph_tokens
         self.callback = callback
         self.tokens_done = 0
         self._waiting: list[tuple[int, TrainJob]] = []
@@ -62,6 +67,7 @@ class Trainer:
         # (job, loss of its part of a pass, gradient norm if that ended an optimizer step). loss None: its end is due.
         self._events: list[tuple[JobState, float | None, float | None]] = []
         self._submitted = 0
+        self._graphs = PassGraphs(model) if graph_tokens else None
 
     def submit(self, job: TrainJob) -> int:
         """Queue a job; returns its id. A job that cannot be trained fails alone: its result has an error."""
@@ -166,7 +172,6 @@ class Trainer:
     def _train_micro_steps(self, chosen: list[JobState]) -> None:
         """One pass over the chosen jobs' next micro-steps; its losses are read by `_collect_losses`."""
         batches, weights = [], []
-        small = sum(state.next_tokens for state in chosen) <= self.kept_tokens
         for state in chosen:
             if state.next is None:
                 continue
@@ -176,10 +181,9 @@ class Trainer:
             soft = [state.soft[i] for i in state.next.members]
             batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key, soft))
             weights.append(state.next.weight)
-        logprobs, counts, _ = target_logprobs(self.model, batches, "none" if small else self.recompute)
-        losses, gradient = job_losses(logprobs, counts, weights)
+        backward = self._forward(batches, weights)
         with self._whole_or_failed(chosen):
-            logprobs.backward(gradient)
+            losses = backward()
             stepping = [state for state in chosen if state.next is not None and state.next.ends_step]
             for state in stepping:
                 if state.trained is not None and state.adapter.grads is not None:
@@ -189,6 +193,22 @@ class Trainer:
             for state in chosen:
                 state.advance()
             self._pending.append((chosen, stepping, HostCopy(losses)))
+
+    def _forward(self, batches: Sequence[AdapterBatch], weights: Sequence[float]) -> Callable[[], Tensor]:
+        """Returns what adds the gradients of the jobs' losses, and returns these losses, [jobs] float64."""
+        tokens = sum(len(sequence) for part in batches for sequence in part.sequences)
+        soft = any(pair is not None for part in batches for pair in part.soft)
+        if self._graphs is not None and tokens <= self.graph_tokens and not soft and not self.model.batch_invariant:
+            return partial(self._graphs.backward, batches, weights)
+        recompute = "none" if tokens <= self.kept_tokens else self.recompute
+        logprobs, counts, _ = target_logprobs(self.model, batches, recompute)
+        losses, gradient = job_losses(logprobs, counts, weights)
+
+        def backward() -> Tensor:
+            logprobs.backward(gradient)
+            return losses
+
+        return backward
 
     @contextmanager
     def _whole_or_failed(self, states: Sequence[JobState]) -> Iterator[None]:

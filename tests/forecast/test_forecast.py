@@ -12,6 +12,7 @@ import torch
 
 import bench_seal_round
 import seal_engine.forecast.simulation
+import seal_engine.plan
 import seal_engine.training.trainer
 import seal_round
 from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
@@ -38,7 +39,8 @@ QWEN = ModelConfig.from_dict(MODEL)
 
 @pytest.fixture
 def nothing_assumed(monkeypatch):
-    """The host and launches cost nothing, and rates are reached."""
+    """The host and launches cost nothing, rates are reached, and no pass is padded for a graph."""
+    monkeypatch.setattr(seal_engine.plan, "GRAPHED_FLOPS", 0.0)
     for name in ASSUMED:
         monkeypatch.setitem(ASSUMED, name, Assumption(1e30 if "bytes/s" in name else 0.0, ""))
     monkeypatch.setitem(ASSUMED, "device: share of its rates", Assumption(1.0, ""))
@@ -88,6 +90,22 @@ def test_flops_by_hand(nothing_assumed):
     assert rows["training", "low-rank products"] == pytest.approx(6 * 2048 * 210)
     assert rows["training", "attention"] == pytest.approx(18 * 30 * 18 * 16)
     assert rows["training", "launches and host"] == pytest.approx(0, abs=1e-6)
+
+
+def test_graphed_passes(nothing_assumed, monkeypatch):
+    """20 passes of 6 or 15 tokens, padded to 16. A replay and its tensors are launched, not each kernel."""
+    monkeypatch.setattr(seal_engine.plan, "GRAPHED_FLOPS", 1e12)
+    rows = seconds(matrix_rate=1.0, copy_rate=1e30)
+    assert rows["training", "base products"] == pytest.approx(4 * 2560 * 16 * 20 + 4 * 1024 * 150)
+    monkeypatch.setitem(ASSUMED, "host: launch of torch", Assumption(1.0, ""))
+    launched = {}
+    for flops in (0.0, 1e12):
+        monkeypatch.setattr(seal_engine.plan, "GRAPHED_FLOPS", flops)
+        launched[flops] = seconds(matrix_rate=1e30, copy_rate=1e30)["training", "launches and host"]
+    once = sum(COUNTS[phase]["once"].torch for phase in ("packing", "forward", "loss", "backward"))
+    layer = COUNTS["forward"]["layer"].torch + COUNTS["backward"]["layer"].torch
+    saved = 20 * (once + layer + COUNTS["loss"]["chunk"].torch - COUNTS["graphed pass"]["once"].torch)
+    assert launched[0.0] - launched[1e12] == pytest.approx(saved)
 
 
 def test_bytes_by_hand(nothing_assumed):

@@ -136,8 +136,8 @@ class _Graph:
         self.num_launches = 0
         self.pool: _Pool | None = None
 
-    def record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Record an operation that allocated some of its outputs, or wrote into its arguments."""
+    def record(self, func: Any, run: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Record an operation that allocated some of its outputs, or wrote into its arguments; run is what does it."""
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         new = [i for i, t in enumerate(outs) if t.untyped_storage().data_ptr() not in inputs]
@@ -148,7 +148,7 @@ class _Graph:
             return
 
         def step() -> None:
-            results = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+            results = [t for t in tree_leaves(run(*args, **kwargs)) if isinstance(t, Tensor)]
             for i in new:
                 outs[i].copy_(results[i])
 
@@ -157,7 +157,7 @@ class _Graph:
     def poison(self) -> None:
         """Fill what the capture allocated with NaN: it is not the graph's before its replay."""
         for tensor in self.allocated:
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and _running().computes:
                 tensor.fill_(float("nan"))
 
     def replay(self) -> None:
@@ -173,6 +173,10 @@ class _Graph:
 
     def reset(self) -> None:
         self.__init__()
+
+
+def _product_of_dtype(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 class PretendedCuda:
@@ -384,16 +388,14 @@ class PretendedCuda:
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on CPU tensors. In a capture, what would write into its arguments is only recorded."""
-        if func is torch.ops.aten.mm.dtype_out:  # a CPU lacks it
-            a, b, dtype = args
-            func, args = torch.ops.aten.mm.out, (a.to(dtype), b.to(dtype))
+        run = _product_of_dtype if func is torch.ops.aten.mm.dtype_out else func  # a CPU lacks it
         if self.captured is None:
-            return func(*args, **kwargs)
+            return run(*args, **kwargs)
         if func._schema.is_mutable:
             out = kwargs["out"] if "out" in kwargs else args[0]
         else:
-            out = func(*args, **kwargs)
-        self.captured.record(func, args, kwargs, out)
+            out = run(*args, **kwargs)
+        self.captured.record(func, run, args, kwargs, out)
         return out
 
     def launch(self, executor: Any, run: Callable, args: tuple, kwargs: dict) -> None:
@@ -440,7 +442,7 @@ class PretendedCuda:
     def __enter__(self) -> "PretendedCuda":
         import triton.runtime.interpreter
 
-        import seal_engine.sampling.decode_graph
+        import seal_engine.model.graphs
         import seal_kernels.dispatch
 
         global _device
@@ -452,7 +454,7 @@ class PretendedCuda:
             triton.runtime.interpreter.GridExecutor, "__call__",
             lambda executor, *args, **kwargs: device.launch(executor, run, args, kwargs),
         )  # fmt: skip
-        for module in (seal_kernels.dispatch, seal_engine.sampling.decode_graph):
+        for module in (seal_kernels.dispatch, seal_engine.model.graphs):
             patch.setattr(module, "INTERPRET", False)  # CPU tensors run on torch, tensors of this device in Triton
         for name, value in self._torch_cuda().items():
             patch.setattr(torch.cuda, name, value)

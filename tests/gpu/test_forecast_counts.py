@@ -14,6 +14,7 @@ from seal_engine.forecast.rates import COUNTS, Count
 from seal_engine.model.config import ModelConfig
 from seal_engine.model.transformer import Model
 from seal_engine.sampling.decode_graph import DecodeGraphs
+from seal_engine.training.pass_graph import PassGraphs
 from seal_kernels.dispatch import INTERPRET
 
 pytestmark = [
@@ -43,6 +44,7 @@ class Recorder:
         self.device, self.patch, self.marks = device, monkeypatch, []
         self.between(Model, "hidden_states", "forward", "loss")
         self.between(Tensor, "backward", "backward", "optimizer")
+        self.between(PassGraphs, "backward", "graphed pass", "optimizer")
         self.between(DecodeGraphs, "hidden_states", "graph's tensors", "sample")
 
     def between(self, owner: type, name: str, entered: str, left: str) -> None:
@@ -88,12 +90,13 @@ def engine(layers: int) -> Engine:
     return Engine(Model(config, torch.bfloat16, torch.device("cuda")))
 
 
-def training_pass(recorder, recompute="none", layers=1, jobs=1, chunks=1, groups=1) -> Phases:
-    """A pass that is neither a job's first nor its last."""
-    trainer = engine(layers).trainer(recompute=recompute)
+def training_pass(recorder, recompute="none", layers=1, jobs=1, chunks=1, groups=1, graphed=False) -> Phases:
+    """A pass that is neither a job's first nor its last; the third of its size, so a graph is replayed."""
+    trainer = engine(layers).trainer(recompute="auto" if graphed else recompute)
     ids = list(range(CHUNK * chunks // jobs + 1))
     for seed in range(jobs):
-        trainer.submit(TrainJob([ids] * 3, LoraConfig(r=8, target_modules=TARGETS[groups]), seed=seed, num_epochs=1))
+        trainer.submit(TrainJob([ids] * 4, LoraConfig(r=8, target_modules=TARGETS[groups]), seed=seed, num_epochs=1))
+    trainer.step()
     trainer.step()
     return recorder.count(trainer.step, "packing")
 
@@ -140,6 +143,10 @@ def test_the_table_is_what_is_counted(recorder, device):
         ]
         counted[f"{recompute.replace('mlp', 'MLP')} again"] = dict(zip(names, extra, strict=True))
 
+    replayed = passes(graphed=True)
+    assert replayed == passes(graphed=True, layers=2, jobs=2, groups=4), "all else is in the graph"
+    counted["graphed pass"] = {"once": replayed["graphed pass"]}
+
     prompts, with_adapters, all_groups, deeper = (
         sampling_step(recorder, steps_before=0, **units) for units in ({}, {"groups": 1}, {"groups": 4}, {"layers": 2})
     )
@@ -167,8 +174,8 @@ def test_the_table_is_what_is_counted(recorder, device):
         )["made"]
         for n in TARGETS
     }
-    projection = Count(*(n // 5 for n in combine((1, made[4]), (-1, made[1]))))
-    counted["adapter made"] = {"adapter": combine((1, made[1]), (-2, projection)), "projection": projection}
+    kind = Count(*(n // 3 for n in combine((1, made[4]), (-1, made[1]))))  # of groups: all layers' at once
+    counted["adapter made"] = {"adapter": combine((1, made[1]), (-1, kind)), "kind of group": kind}
     adapter = own.create_adapter(LoraConfig(target_modules=("v_proj",)))
     counted["merge"] = {"projection": recorder.count(lambda: own.merge(adapter), "merge")["merge"]}
     assert counted == COUNTS, f"forecast/rates.py: COUNTS should be\n{pformat(counted)}"
