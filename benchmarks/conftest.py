@@ -1,6 +1,7 @@
 """Benchmarks run under pytest-benchmark; each adds rows to a table that is printed and, with --record, kept."""
 
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def pytest_collection_modifyitems(config, items):
     shape = config.getoption("--shape")
     if shape is not None:
         items[:] = [item for item in items if hasattr(item, "callspec") and item.callspec.params.get("shape") == shape]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A benchmark that fails leaves its memory to the others: its frames hold the models that it made."""
+    report = yield
+    if call.excinfo is not None:
+        traceback.clear_frames(call.excinfo.tb)
+    return report
 
 
 @pytest.fixture
