@@ -99,6 +99,13 @@ class OneAtATime:
         return losses
 
 
+def close_to(losses: Sequence[float], dtype: torch.dtype) -> Any:
+    """What losses of the same training compare equal to: to 1e-3, in 16 bits 3e-2, or that of a hundredth of the first
+    loss, as what is learned by heart loses nearly all of it."""
+    bound = 1e-3 if dtype == torch.float32 else 3e-2
+    return pytest.approx(losses, rel=bound, abs=bound * losses[0] / 100)
+
+
 def alone(ids: list[int]) -> Batch:
     """A step on one sequence, the loss on every token."""
     return [ids], [ids]
@@ -117,10 +124,9 @@ def test_train(benchmark, record, tmp_path, shape, dtype, count, rank, targets):
     baseline = OneAtATime(load_base(engine, tmp_path / "checkpoint"), lora)
     sample = slice(None, None, 8)
     timed = list(zip(starts[sample], sequences[sample], strict=True))
-    bound = 1e-3 if dtype == torch.float32 else 3e-2
     for result, (start, ids) in zip(engine.train(jobs, progress=False)[sample], timed, strict=True):
         baseline.load(start)
-        assert result.losses == pytest.approx(baseline.train([alone(ids)] * STEPS), rel=bound), "a wrong result"
+        assert result.losses == close_to(baseline.train([alone(ids)] * STEPS), dtype), "a wrong result"
 
     def ours() -> None:
         assert all(result.error is None for result in engine.train(jobs, progress=False))
