@@ -35,7 +35,6 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any
 
-import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
