@@ -108,9 +108,16 @@ class Graphs:
         return _Graph(buffer, tensors, replace(lora, groups=groups, tables=BatchTables(own, records, token_blocks)))
 
     def _capture(self, graph: _Graph, compute: Compute) -> Callable[[], Tensor]:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, pool=self._pool):
-            result = compute(graph.tensors, graph.lora)
+        """`torch.cuda.graph` would first give all cached memory back to the device, which then allocates it anew."""
+        captured, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            captured.capture_begin(pool=self._pool)
+            try:
+                result = compute(graph.tensors, graph.lora)
+            finally:
+                captured.capture_end()
+        current.wait_stream(stream)
 
         def replay() -> Tensor:
             captured.replay()

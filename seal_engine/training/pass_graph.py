@@ -6,8 +6,10 @@ belong to no sequence and no adapter, and padded targets have no gradient.
 
 from collections.abc import Sequence
 from itertools import chain
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from seal_engine.model.graphs import Graphs, Segments, power_of_two
@@ -22,13 +24,19 @@ MIN_TOKENS = 64  # that a pass or a sequence is padded to
 
 
 class PassGraphs:
-    """Runs training passes of a model with one target a token."""
+    """Runs training passes of a model with one target a token. They belong to the model: trainers come and go."""
 
-    def __init__(self, model: Model):
-        self.model = model
-        self._graphs = Graphs(model.device)
+    def __init__(self, device: torch.device):
+        self._graphs = Graphs(device)
 
-    def backward(self, batches: Sequence[AdapterBatch], weights: Sequence[float]) -> Tensor:
+    @staticmethod
+    def of(model: Model) -> "PassGraphs":
+        """The model's, made when it is first asked for."""
+        if model not in _graphs_of_models:
+            _graphs_of_models[model] = PassGraphs(model.device)
+        return _graphs_of_models[model]
+
+    def backward(self, model: Model, batches: Sequence[AdapterBatch], weights: Sequence[float]) -> Tensor:
         """Add the gradients of the jobs' losses to their adapters; returns these losses. weights: see `job_losses`."""
         sequences = list(chain.from_iterable(part.sequences for part in batches))
         targets = chain.from_iterable(chain.from_iterable(part.targets for part in batches))
@@ -53,13 +61,16 @@ class PassGraphs:
         def compute(tensors: list[Tensor], lora: LoraBatch | None) -> Tensor:
             token_ids, positions, cu_seqlens, rows, target_ids, gradient = tensors
             batch = PackedBatch(token_ids, positions, cu_seqlens, (longest,) * S)
-            hidden = self.model.hidden_states(batch, lora).index_select(0, rows)
-            logprobs = self.model.token_logprobs(hidden, target_ids)
+            hidden = model.hidden_states(batch, lora).index_select(0, rows)
+            logprobs = model.token_logprobs(hidden, target_ids)
             logprobs.backward(gradient)
             return logprobs.detach()
 
         segments = None if lora is None else Segments(lora, tokens, num_segments=J, num_blocks=J + T // BLOCK_T)
         return job_losses(self._graphs.run((longest,), arrays, segments, compute)[:n], counts, weights)[0]
+
+
+_graphs_of_models: WeakKeyDictionary[Model, PassGraphs] = WeakKeyDictionary()
 
 
 def padded_tokens(count: int) -> int:

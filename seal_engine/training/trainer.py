@@ -67,7 +67,6 @@ class Trainer:
         # (job, loss of its part of a pass, gradient norm if that ended an optimizer step). loss None: its end is due.
         self._events: list[tuple[JobState, float | None, float | None]] = []
         self._submitted = 0
-        self._graphs = PassGraphs(model) if graph_tokens else None
 
     def submit(self, job: TrainJob) -> int:
         """Queue a job; returns its id. A job that cannot be trained fails alone: its result has an error."""
@@ -198,8 +197,8 @@ class Trainer:
         """Returns what adds the gradients of the jobs' losses, and returns these losses, [jobs] float64."""
         tokens = sum(len(sequence) for part in batches for sequence in part.sequences)
         soft = any(pair is not None for part in batches for pair in part.soft)
-        if self._graphs is not None and tokens <= self.graph_tokens and not soft and not self.model.batch_invariant:
-            return partial(self._graphs.backward, batches, weights)
+        if tokens <= self.graph_tokens and not soft and not self.model.batch_invariant:
+            return partial(PassGraphs.of(self.model).backward, self.model, batches, weights)
         recompute = "none" if tokens <= self.kept_tokens else self.recompute
         logprobs, counts, _ = target_logprobs(self.model, batches, recompute)
         losses, gradient = job_losses(logprobs, counts, weights)

@@ -136,6 +136,17 @@ class _Graph:
         self.num_launches = 0
         self.pool: _Pool | None = None
 
+    def capture_begin(self, pool: _Pool | None = None) -> None:
+        device = _running()
+        device.num_captures += 1
+        self.pool = pool or _Pool(device)
+        self.pool.graphs.add(self)
+        device.captured = self
+
+    def capture_end(self) -> None:
+        _running().captured = None
+        self.poison()
+
     def record(self, func: Any, run: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Record an operation that allocated some of its outputs, or wrote into its arguments; run is what does it."""
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -426,19 +437,6 @@ class PretendedCuda:
             self.captured.num_launches += 1
             self.captured.steps.append(step)
 
-    @contextlib.contextmanager
-    def capture(self, graph: _Graph, pool: _Pool | None = None, **options: Any) -> Iterator[None]:
-        """Stands in for torch.cuda.graph."""
-        self.num_captures += 1
-        graph.pool = pool or _Pool(self)
-        graph.pool.graphs.add(graph)
-        self.captured = graph
-        try:
-            yield
-        finally:
-            self.captured = None
-        graph.poison()
-
     def __enter__(self) -> "PretendedCuda":
         import triton.runtime.interpreter
 
@@ -519,7 +517,6 @@ class PretendedCuda:
             "stream": lambda stream: contextlib.nullcontext(),
             "device": lambda *args: contextlib.nullcontext(),
             "CUDAGraph": _Graph,
-            "graph": self.capture,
             "graph_pool_handle": lambda: _Pool(self),
             "get_rng_state": lambda *args: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda *args, **options: None,
@@ -633,6 +630,19 @@ def _hasten_interpreter(patch: pytest.MonkeyPatch, cleanup: contextlib.ExitStack
     patch.setattr(interpreter, "_patch_lang", patch_once)
     builder = interpreter.interpreter_builder
     patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+
+
+def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
+    """A list to which the graphs are added that are captured from now on."""
+    graphs: list[_Graph] = []
+
+    class Recorded(_Graph):
+        def capture_begin(self, pool: _Pool | None = None) -> None:
+            graphs.append(self)
+            super().capture_begin(pool)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    return graphs
 
 
 def plant(patch: pytest.MonkeyPatch, owner: Any, name: str, line: str, fault: str, **names: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import seal_kernels.cross_entropy
-from gpu.pretended_cuda import PretendedCuda
+from gpu.pretended_cuda import PretendedCuda, recorded_graphs
 from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob
 from seal_engine.forecast.rates import COUNTS, Count
 from seal_engine.model.config import ModelConfig
@@ -198,8 +198,7 @@ def test_units_add_up(recorder, recompute):
 @pytest.mark.parametrize("groups", [0, 1, 4])
 def test_a_graph_holds_what_a_step_of_prompts_launches(recorder, device, monkeypatch, groups):
     """But for the attention of several queries, once a layer. Longer contexts have another kernel for it."""
-    graphs, capture = [], device.capture
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graphs.append(graph) or capture(graph, **options))
+    graphs = recorded_graphs(monkeypatch)
     sampling_step(recorder, layers=2, groups=groups)
     forward = COUNTS["paged forward"]
     count = combine((1, forward["once"]), (2, forward["layer"]), (2 * groups, forward["group"]))

@@ -1,5 +1,8 @@
 """Training passes through padded tensors that stay, against the same passes alone: in the interpreter, or captured."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -34,7 +37,7 @@ def test_a_pass_through_a_graph_equals_the_pass(model):
 
     The first is computed as it is, the second is captured. Gradients add up over all of them.
     """
-    graphs = PassGraphs(model)
+    graphs = PassGraphs.of(model)
     owners = [adapter(3, 1), adapter(2, 2), adapter(3, 3)]
     passes = [
         [(0, [5, 9], 1), (1, [20], 1), (2, [7], 2)],
@@ -51,7 +54,7 @@ def test_a_pass_through_a_graph_equals_the_pass(model):
     for seed, parts in enumerate(passes):
         batches = [batch(owners[i], lengths, seed + i, prompt) for i, lengths, prompt in parts]
         weights = [0.5 + i for i in range(len(batches))]
-        losses = graphs.backward(batches, weights).tolist()
+        losses = graphs.backward(model, batches, weights).tolist()
         through_graph = [owner.grads.clone() for owner in owners]
         for owner, old in zip(owners, before, strict=True):
             owner.grads.copy_(old)
@@ -63,6 +66,16 @@ def test_a_pass_through_a_graph_equals_the_pass(model):
             assert owner.grads.any() == found.any()
             assert not owner.grads.any() or relative_error(found, owner.grads) < 1e-5
         before = [owner.grads.clone() for owner in owners]
+
+
+@pytest.mark.skipif(not INTERPRET and DEVICE.type != "cuda", reason="graphs are of the Triton path")
+def test_graphs_go_with_their_model():
+    model = Model(CONFIG, torch.float32, DEVICE)
+    graphs = weakref.ref(PassGraphs.of(model))
+    assert PassGraphs.of(model) is graphs()
+    del model
+    gc.collect()
+    assert graphs() is None
 
 
 def test_sizes_of_passes():
