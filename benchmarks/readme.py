@@ -271,6 +271,32 @@ def h100_round() -> str:
     return table(heads, lines) + prose(rates) + source("bench_seal_round_cuda", machine, " --passages 10")
 
 
+def h100_scaling() -> str:
+    """Throughput with many adapters on a GPU, of one adapter's."""
+    rows, machine = read("bench_scaling_cuda")
+    counts, lines = (8, 64, 128, 256, 512), []
+    for rank, projections in dict.fromkeys((row["rank"], row["projections"]) for row in rows):
+        own = [row for row in rows if (row["rank"], row["projections"]) == (rank, projections)]
+        found = {row["adapters"]: row["of_one_adapter"] for row in own}
+        cells = [f"{found[count]:.2f}" if count in found else "" for count in counts]
+        lines.append([f"rank {rank}, q and v", f"{rate(own[0]['tokens_per_s'])}", *cells])
+    heads = ("adapters", "tokens/s of one", *map(str, counts))
+    return table(heads, lines) + source("bench_scaling_cuda", machine)
+
+
+def h100_graphs() -> str:
+    """Small training passes on a GPU, launched kernel by kernel and as graphs."""
+    rows, machine = read("bench_pass_graph_cuda")
+    lines = []
+    for graphs in (row for row in rows if row["who"] == "graphs"):
+        same = {name: graphs[name] for name in ("shape", "tokens_a_pass")}
+        launched = pick(rows, **same, who="launched")
+        cells = (f"{row['ms_a_pass']:.1f} ms" for row in (launched, graphs))
+        lines.append([f"{graphs['shape']}, {graphs['tokens_a_pass']} tokens", *cells, f"{graphs['times_faster']:.1f}"])
+    heads = ("base, tokens a pass", "launched", "as graphs, captures included", "times faster")
+    return table(heads, lines) + source("bench_pass_graph_cuda", machine)
+
+
 def h100_kernels() -> str:
     """Each kernel on a GPU beside its floor and beside torch."""
     lines = []
@@ -369,6 +395,11 @@ def speed() -> str:
         factors = [f"{row['seal_engine_times_faster']:.1f}" for row in (alone, padded)]
         line = [f"{part} in a round of 10 passages, {ours['shape']} {ours['dtype']}, {what}", *factors]
         lines.append([line[0] + ", H100", f"{ours['seconds']:.3g} s", *line[1:]])
+    scaling, _ = read("bench_scaling_cuda")
+    many = pick(scaling, rank=8, adapters=512)
+    what = "512 adapters of rank 8 trained at once, qwen2.5-7b bfloat16, 8,192 tokens a pass, H100"
+    share = f"{rate(many['tokens_per_s'])} tokens/s: {100 * many['of_one_adapter']:.0f}% of one adapter's"
+    lines.append([what, share, "", ""])
     heads = ("two CPU cores; one H100", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
     files = "`benchmarks/results/bench_seal_round_*.json` and `bench_sample_cpu.json`"
     where = f"{machine['device']}, {machine['date']}; {gpu['device']}, {gpu['date']}"
@@ -577,6 +608,8 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             demo_real,
             seal_round,
             h100_round,
+            h100_scaling,
+            h100_graphs,
             h100_kernels,
             forecast_round,
             few_shot,
