@@ -219,7 +219,13 @@ class Sampler:
         saved: list[tuple[Sequence, int]] = []
         with self._repair(saved), on_device(self.model.device):
             chunks = self.scheduler.schedule(self.token_budget)
-            for request in dict.fromkeys(chunk.sequence.request for chunk in chunks):
+            several = {}  # requests of several samples, all of which may change
+            for sequence in (chunk.sequence for chunk in chunks):
+                if len(sequence.request.sequences) == 1:
+                    saved.append((sequence, len(sequence.completion.token_ids)))
+                else:
+                    several[sequence.request.request_id] = sequence.request
+            for request in several.values():
                 saved += [(sequence, len(sequence.completion.token_ids)) for sequence in request.unfinished]
             deltas = self._compute(chunks) if chunks else []
         if not self.busy:

@@ -142,9 +142,11 @@ class Scheduler:
 
     def mark_computed(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
         """Record that the next tokens have been computed. Returns the sequences that can sample from the last one."""
+        num_full = sequence.num_computed_tokens // self.pool.block_size
         sequence.num_computed_tokens += num_tokens
-        table, num_computed = sequence.block_table, sequence.num_computed_tokens
-        self.pool.register(sequence.cache_namespace, sequence.token_ids, table, num_computed)
+        if sequence.num_computed_tokens // self.pool.block_size > num_full:
+            table, num_computed = sequence.block_table, sequence.num_computed_tokens
+            self.pool.register(sequence.cache_namespace, sequence.token_ids, table, num_computed)
         return [] if sequence.num_uncomputed > 0 else [sequence, *self._fork(sequence)]
 
     def preempt(self, sequence: Sequence) -> None:
