@@ -86,6 +86,14 @@ def test_losses_go_through_medians():
     assert {"2.00 round 1", "0.20 round 1", "8", "0.3"} <= set(texts)
 
 
+def test_losses_of_a_round_that_goes_on_are_dashed():
+    """Its median is of fewer adapters than there will be; the round before has all of them."""
+    adapters = {"round 1": [(9.0, 1.0)], "round 2": [(9.0, 2.0)]}
+    svg = plots.losses(adapters, {"round 1": [(0.3, 0.2)]}, ["round 2"])
+    dashed = [e for e in parsed(svg) if e.tag == f"{SVG}polyline" and "dash" in e.get("class")]
+    assert [e.findtext(f"{SVG}title") for e in dashed] == ["round 2: 9 to 2, median of 1 so far"]
+
+
 def contrast(one, other):
     """WCAG's contrast ratio of two colours."""
 
