@@ -21,12 +21,13 @@ def conclusion(ledger: Ledger) -> str:
     if not last or len(changes) < 2:
         return ""
     mean, margin = fmean(changes), 1.96 * stdev(changes) / math.sqrt(len(changes))
-    verdict = "rewards improved the policy" if mean > margin else "chance explains as much"
+    verdict = "the policy got better" if mean > margin else "chance explains as much"
     verdict = "the policy got worse" if mean < -margin else verdict
+    control = "A control, rewards shuffled. " if ledger.config["shuffle_rewards"] else ""
     texts = {p.title: p.context for p in read_passages(str(ledger.config["data"]))}
     then, now = (_describe(ledger.self_edits(phase=str(phase)), texts) for phase in phases)
     return (
-        f"What the policy learned: its self-edits have {now} after round {last}, and had {then} before any. "
+        f"{control}What the policy learned: its self-edits have {now} after round {last}, and had {then} before any. "
         f"Accuracy changed by {mean:+.1f} points (95% interval over {len(changes)} passages {mean - margin:+.1f} to "
         f"{mean + margin:+.1f}): {verdict}."
     )

@@ -21,7 +21,7 @@ SENTENCES = "passage and its sentences"
 SENTENCE_END = re.compile(r"(?<=\w\w[.]) (?=[A-Z])")  # not after an initial
 REAL = {
     "dtype": "bfloat16",
-    "contexts": 12,
+    "contexts": 10,
     "self_edits": 3,
     "rounds": 1,
     "repeats": 1,
