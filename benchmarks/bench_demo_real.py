@@ -17,7 +17,7 @@ from seal_engine.loop.inner import standard_error
 from seal_engine.loop.ledger import Ledger
 from seal_engine.loop.records import BASELINE, EVALUATION, Phase
 from seal_engine.loop.restem import SELF_EDITS
-from seal_engine.real.conclusion import conclusion
+from seal_engine.real.conclusion import changes, conclusion, interval
 
 SEEDS = (0, 1)
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the demo is for machines without a GPU")
@@ -42,11 +42,12 @@ def describe(ledger: Ledger) -> list[dict[str, Any]]:
                 steps=fmean(trial.num_steps for trial in own), tokens=fmean(trial.num_tokens for trial in own),
             )
         )  # fmt: skip
-    every, steps = ledger.trials(), ledger.steps()
+    every, steps, (change, low, high) = ledger.trials(), ledger.steps(), interval(changes(ledger))
     lines.append(
         dict(
             method="the whole run", seeds=len(ledger.config["seeds"]), seconds=sum(step[2] for step in steps),
-            cpu_seconds=sum(step[3] or 0.0 for step in steps), conclusion=conclusion(ledger),
+            cpu_seconds=sum(step[3] or 0.0 for step in steps),
+            change=change, change_low=low, change_high=high, conclusion=conclusion(ledger),
             adapters=sum(trial.num_steps > 0 for trial in every), tokens=sum(trial.num_tokens for trial in every),
         )
     )  # fmt: skip
