@@ -19,7 +19,7 @@ from seal_engine.loop.records import BASELINE, EVALUATION, Phase
 from seal_engine.loop.restem import SELF_EDITS
 from seal_engine.real.conclusion import changes, conclusion, interval
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 pytestmark = pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="the demo is for machines without a GPU")
 
 
