@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from readme import RESULTS, pick, read
+from readme import RESULTS, SEEDS, pick, read
 from seal_engine.domains.few_shot.puzzle_picture import draw, read_puzzles
 from seal_engine.report import plots
 from seal_engine.report.continual_plots import ages, costs, matrices
@@ -45,7 +45,7 @@ def demo_real_accuracy() -> str:
     written = {name: _by_round(rows, kind) for name, kind in (("self-edits", "own"), ("rewards shuffled", "shuffled"))}
     first, last = (fmean(written["self-edits"][number].values()) for number in (0, 1))
     title = f"SmolLM2-135M: self-edits {first:.0%} before, {last:.0%} after a round"
-    return _accuracy(rows, written, title, f"accuracy on held-out passages, {whole['seeds']} seeds{chance}")
+    return _accuracy(rows, written, title, f"accuracy on held-out passages, {SEEDS[whole['seeds']]} seeds{chance}")
 
 
 def _by_round(rows: Rows, rewards: str) -> dict[int, dict[int, float]]:

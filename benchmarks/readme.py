@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9_]+) -->\n(?P<text>.*?)<!-- end -->\n", re.DOTALL)
 DETAILS = "[docs/benchmarks.md](docs/benchmarks.md)"
+SEEDS = {2: "two", 3: "three"}
 Row = Mapping[str, Any]
 
 
@@ -97,10 +98,10 @@ def demos() -> str:
     blind = pick(rows, rewards="shuffled", method=last)
     text = (
         f"Miniature: mean and sd of three seeds, {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, and "
-        f"the rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
-        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}). SmolLM2: mean of {what['seeds']} seeds, 95% "
-        f"intervals over passages, {what['cpu_seconds'] / 60 / what['seeds']:.0f} minutes of CPU time a seed; "
-        f"{_changes(real)}."
+        f"the rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled it ends at "
+        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}). SmolLM2: {SEEDS[what['seeds']]} seeds, 95% "
+        f"intervals over passages, {what['cpu_seconds'] / 60 / what['seeds']:.0f} CPU minutes each; "
+        f"{_change(real)}"
     )
     heads = ("method", "miniature (%)", "sd", "SmolLM2-135M (%)", "95%: ±")
     files = "`bench_demo_cpu.json` and `bench_demo_real_cpu.json` of `benchmarks/results`"
@@ -108,15 +109,14 @@ def demos() -> str:
     return table(heads, lines) + prose(text) + prose(f"Recorded in {files} ({where}); commands: {DETAILS}.")
 
 
-def _changes(rows: Sequence[Row]) -> str:
-    """What a round with a real language model changes, and what it does with rewards shuffled."""
-    own, blind = (
-        "{change:+.1f} (95%: {change_low:+.1f} to {change_high:+.1f})".format(
-            **pick(rows, rewards=rewards, method="the whole run")
-        )
-        for rewards in ("own", "shuffled")
+def _change(rows: Sequence[Row]) -> str:
+    """What a round with a real language model changes, beside the same with rewards shuffled."""
+    own, blind = (pick(rows, rewards=rewards, method="the whole run") for rewards in ("own", "shuffled"))
+    interval = "{change_low:+.1f} to {change_high:+.1f}".format
+    return (
+        f"a round changes it by {own['change']:+.1f} points (95%: {interval(**own)}; rewards shuffled: "
+        f"{blind['change']:+.1f}, {interval(**blind)}): {own['conclusion'].rpartition(': ')[2]}"
     )
-    return f"its round changes accuracy by {own} points, with rewards shuffled by {blind}"
 
 
 def demo_few_shot() -> str:
@@ -138,9 +138,9 @@ def demo_real() -> str:
         cells = [name, percent(row["accuracy"]), percent(1.96 * row["se"]), each]
         lines.append([*cells, f"{row['steps']:.0f}", f"{row['tokens']:,.0f}"])
     text = (
-        f"Means of {whole['seeds']} seeds, intervals over passages (each the mean of its seeds): {whole['adapters']:,} "
-        f"inner loops on {whole['tokens']:,} tokens, and the rest, in {whole['cpu_seconds']:,.0f} s of CPU time, "
-        f"{whole['seconds']:,.0f} s by the clock."
+        f"Means of {SEEDS[whole['seeds']]} seeds, intervals over passages (each the mean of its seeds): "
+        f"{whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, and the rest, in "
+        f"{whole['cpu_seconds']:,.0f} s of CPU time, {whole['seconds']:,.0f} s by the clock."
     )
     heads = ("method", "accuracy (%)", "95%: ±", "of each seed", "steps", "tokens trained on")
     said = "".join(map(prose, (text, whole["conclusion"], blind["conclusion"])))

@@ -65,8 +65,9 @@ def accuracy(
         hover = f"{name}: {100 * level:.1f}%{_over(baselines[name], num_seeds[name])}"
         parts.append(line(left, y(level), right, y(level), "s-grey dash thin", hover))
         labels.append((y(level), name, level, "", hover))
+    highest = max(lines, key=lambda name: fmean(lines[name][max(lines[name])].values()), default="")
     for (name, rounds), colour in zip(lines.items(), LOOKS, strict=False):
-        parts += _line_of_means(rounds, x, y, colour, num_seeds[name], label_below=colour != LOOKS[0])
+        parts += _line_of_means(rounds, x, y, colour, num_seeds[name], label_below=name != highest)
         last = rounds[max(rounds)]
         level = fmean(last.values())
         hover = f"{name}: {100 * level:.1f}%{_over(last, num_seeds[name])}"
