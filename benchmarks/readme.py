@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9_]+) -->\n(?P<text>.*?)<!-- end -->\n", re.DOTALL)
 DETAILS = "[docs/benchmarks.md](docs/benchmarks.md)"
+SEEDS = {2: "two", 3: "three"}
 Row = Mapping[str, Any]
 
 
@@ -87,8 +88,7 @@ def demos() -> str:
     """The demo, and the one with a real language model, side by side."""
     rows, machine = read("bench_demo_cpu")
     real, on = read("bench_demo_real_cpu")
-    small = {row["method"]: row for row in rows if row["rewards"] == "own"}
-    large = {row["method"]: row for row in real}
+    small, large = ({row["method"]: row for row in own if row["rewards"] == "own"} for own in (rows, real))
     (whole, what), last = (found.pop("the whole run") for found in (small, large)), "self-edits, after round 2"
     names, lines = sorted(dict.fromkeys([*small, *large]), key=lambda name: name.startswith("self-edits")), []
     for name in names:
@@ -96,18 +96,27 @@ def demos() -> str:
         cells += [percent(large[name]["accuracy"]), percent(1.96 * large[name]["se"])] if name in large else ["", ""]
         lines.append([f"**{name}**", f"**{cells[0]}**", *cells[1:]] if name == last else [name, *cells])
     blind = pick(rows, rewards="shuffled", method=last)
-    change = large["self-edits, after round 1"]["accuracy"] - large["self-edits, before any round"]["accuracy"]
     text = (
         f"Miniature: mean and sd of three seeds, {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, and "
-        f"the rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled among self-edits it ends at "
-        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}). SmolLM2: one seed, 95% intervals over passages, "
-        f"{what['cpu_seconds'] / 60:.0f} minutes of CPU time; its round changed {100 * change:+.1f} points: "
-        f"{what['conclusion'].rpartition(': ')[2]}"
+        f"the rest, in {whole['seconds']:.0f} s on two cores. With rewards shuffled it ends at "
+        f"{percent(blind['accuracy'])} (sd {percent(blind['sd'])}). SmolLM2: {SEEDS[what['seeds']]} seeds, 95% "
+        f"intervals over passages, {what['cpu_seconds'] / 60 / what['seeds']:.0f} CPU minutes each; "
+        f"{_change(real)}"
     )
     heads = ("method", "miniature (%)", "sd", "SmolLM2-135M (%)", "95%: ±")
     files = "`bench_demo_cpu.json` and `bench_demo_real_cpu.json` of `benchmarks/results`"
     where = f"{machine['device']}, {machine['date']}, {on['date']}"
     return table(heads, lines) + prose(text) + prose(f"Recorded in {files} ({where}); commands: {DETAILS}.")
+
+
+def _change(rows: Sequence[Row]) -> str:
+    """What a round with a real language model changes, beside the same with rewards shuffled."""
+    own, blind = (pick(rows, rewards=rewards, method="the whole run") for rewards in ("own", "shuffled"))
+    interval = "{change_low:+.1f} to {change_high:+.1f}".format
+    return (
+        f"a round changes it by {own['change']:+.1f} points (95%: {interval(**own)}; rewards shuffled: "
+        f"{blind['change']:+.1f}, {interval(**blind)}): {own['conclusion'].rpartition(': ')[2]}"
+    )
 
 
 def demo_few_shot() -> str:
@@ -119,16 +128,23 @@ def demo_real() -> str:
     """The demo with a real language model."""
     rows, machine = read("bench_demo_real_cpu")
     lines = []
-    for row in rows[:-1]:
-        cells = [row["method"], percent(row["accuracy"]), percent(1.96 * row["se"])]
+    whole, blind = (pick(rows, rewards=rewards, method="the whole run") for rewards in ("own", "shuffled"))
+    for row in rows:
+        shuffled = row["rewards"] == "shuffled"
+        if row in (whole, blind) or (shuffled and row["method"] != "self-edits, after round 1"):
+            continue
+        name = f"{row['method']}, rewards shuffled" if shuffled else row["method"]
+        each = ", ".join(map(percent, row["accuracies"]))
+        cells = [name, percent(row["accuracy"]), percent(1.96 * row["se"]), each]
         lines.append([*cells, f"{row['steps']:.0f}", f"{row['tokens']:,.0f}"])
-    whole = pick(rows, method="the whole run")
     text = (
-        f"One seed, intervals over passages: {whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, and the "
-        f"rest, in {whole['cpu_seconds']:,.0f} s of CPU time, {whole['seconds']:,.0f} s by the clock."
+        f"Means of {SEEDS[whole['seeds']]} seeds, intervals over passages (each the mean of its seeds): "
+        f"{whole['adapters']:,} inner loops on {whole['tokens']:,} tokens, and the rest, in "
+        f"{whole['cpu_seconds']:,.0f} s of CPU time, {whole['seconds']:,.0f} s by the clock."
     )
-    heads = ("method", "accuracy (%)", "95%: ±", "steps", "tokens trained on")
-    return table(heads, lines) + prose(text) + prose(whole["conclusion"]) + source("bench_demo_real_cpu", machine)
+    heads = ("method", "accuracy (%)", "95%: ±", "of each seed", "steps", "tokens trained on")
+    said = "".join(map(prose, (text, whole["conclusion"], blind["conclusion"])))
+    return table(heads, lines) + said + source("bench_demo_real_cpu", machine)
 
 
 def quantization() -> str:

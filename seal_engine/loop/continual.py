@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from seal_engine.engine import Engine
@@ -37,8 +37,14 @@ from seal_engine.training.jobs import TrainResult
 from seal_engine.types import require
 
 BASE_SAMPLES = "base samples"
+PARTS = ("preparing", "training", "keeping", "asking")  # of a step that is learned, in their order
 PREFIX_TOKENS = 2  # of a self-edit's lines, at most: what the base continues for a sample
 Key = tuple[int, int]  # (number of the method, number of the sequence)
+
+
+def _now() -> tuple[float, float]:
+    """Seconds of the clock, and CPU seconds of this process."""
+    return perf_counter(), process_time()
 
 
 def phase_of(step: int, method: str) -> str:
@@ -222,11 +228,11 @@ class Continual:
         store: AdapterStore,
     ) -> None:
         """Train, keep and ask, all methods and sequences at once; then record the step."""
-        start = perf_counter()
+        times = [_now()]
         jobs = {(m, s): methods[m].job(s, lesson) for (m, s), lesson in lessons.items()}
-        prepared = perf_counter()
+        times.append(_now())
         results = dict(zip(jobs, self.inner_loop.train(list(jobs.values())), strict=True))
-        trained = perf_counter()
+        times.append(_now())
         blocks: dict[Key, Block] = {}
         for (m, s), result in results.items():
             block = methods[m].block(s, lessons[m, s], result) if result is not None else None
@@ -237,7 +243,7 @@ class Continual:
             raise RunError(f"step {step}: none of {len(errors)} adapters could be trained; the first: {errors[0]}")
         for (m, s), block in blocks.items():
             methods[m].adopt(s, lessons[m, s], block)
-        kept = perf_counter()
+        times.append(_now())
         trials = []
         keys = [(m, s) for m in range(len(methods)) for s in range(len(sequences))]
         asked = [(m, s, context) for m, s in keys for context in sequences[s][:step]]
@@ -247,10 +253,10 @@ class Continual:
             result = results.get((m, s)) if new else None
             trials.append(self._trial(seed, phase_of(step, methods[m].name), context, s, answers, grades, result))
         self.validate_grades(f"step {step}", trials)
-        seconds = {"preparing": prepared - start, "training": trained - prepared, "keeping": kept - trained}
-        seconds["asking"] = perf_counter() - kept
+        times.append(_now())
         metrics: dict[str, Any] = {"seed": seed, "step_number": step, "adapters": len(jobs)}
-        metrics |= {f"{name}_seconds": value for name, value in seconds.items()}
+        for name, (start, cpu_start), (end, cpu_end) in zip(PARTS, times[:-1], times[1:], strict=True):
+            metrics |= {f"{name}_seconds": end - start, f"{name}_cpu_seconds": cpu_end - cpu_start}
         for m, method in enumerate(methods):
             own = [result for (n, _), result in results.items() if n == m and result is not None]
             factors = [block.factor for (n, _), block in blocks.items() if n == m]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_engine.files import replace_file
-from seal_engine.loop.continual import matrices
+from seal_engine.loop.continual import PARTS, matrices
 from seal_engine.loop.continual_probes import UNTRAINED, probe_phase
 from seal_engine.loop.forgetting import (
     Matrix,
@@ -56,6 +56,7 @@ class ContinualResult:
     passages: int
     adapters: int  # trained
     seconds: dict[str, float] = field(default_factory=dict)  # by what they were spent on
+    cpu_seconds: dict[str, float | None] = field(default_factory=dict)  # the same; None: recorded before they were
 
 
 def read_result(ledger: Ledger) -> ContinualResult:
@@ -100,12 +101,19 @@ def read_result(ledger: Ledger) -> ContinualResult:
         )
     row = mean([mean(m[0]) for m in next(iter(found.values()), [])])
     steps = [entry for entry in metrics if "adapters" in entry]
-    names = [name for name in (steps[0] if steps else {}) if name.endswith("_seconds")]
-    seconds: dict[str, float] = {name.removesuffix("_seconds"): sum(entry[name] for entry in steps) for name in names}
-    seconds["everything"] = sum(taken for _, _, taken, _ in ledger.steps())
+    every = ledger.steps()
+    seconds = {name: sum(entry[f"{name}_seconds"] for entry in steps) for name in PARTS if steps}
+    seconds["everything"] = sum(taken for _, _, taken, _ in every)
+    cpu_seconds = {name: _sum([entry.get(f"{name}_cpu_seconds") for entry in steps]) for name in PARTS if steps}
+    cpu_seconds["everything"] = _sum([taken for *_, taken in every])
     trained = sum(entry["adapters"] for entry in steps)
     untrained = {"accuracy": row, **probed(UNTRAINED)}
-    return ContinualResult(methods, untrained, config["sequences"], config["passages"], trained, seconds)
+    return ContinualResult(methods, untrained, config["sequences"], config["passages"], trained, seconds, cpu_seconds)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None where a value is missing."""
+    return None if None in values else sum(value for value in values if value is not None)
 
 
 def _contexts(ledger: Ledger) -> dict[int, list[list[str]]]:

@@ -28,7 +28,6 @@ def continual_page(
         ("began", date(ledger.started)),
         ("sequences and passages", f"{result.sequences} x {result.passages}, {len(ledger.config['seeds'])} seeds"),
         ("adapters trained", f"{result.adapters:,}"),
-        *((f"time: {name}", duration(seconds)) for name, seconds in result.seconds.items()),
     ]
     return document(
         continual_claim(result),
@@ -38,7 +37,7 @@ def continual_page(
             "<h2>What is learned and what is kept</h2>\n" + _measures(result),
             "".join(shown.values()),
             "<h2>What else has changed</h2>\n" + _probes(result),
-            "<h2>Run</h2>\n" + table(("", ""), facts) + workers,
+            "<h2>Run</h2>\n" + table(("", ""), facts) + _times(result) + workers,
             "<h2>Settings</h2>\n" + settings,
         ],
     )
@@ -52,6 +51,17 @@ def continual_claim(result: ContinualResult) -> str:
     best = max(kept, key=lambda name: kept[name])
     merge = f", merge {kept['merge']:.0%}" if best != "merge" and "merge" in kept else ""
     return f"After {result.passages} edits {best} keeps {kept[best]:.0%}{merge}"
+
+
+def _times(result: ContinualResult) -> str:
+    """Wall time and CPU time of each part of the steps, and of the whole run."""
+    cpu = {name: NONE if own is None else duration(own) for name, own in result.cpu_seconds.items()}
+    lines = [(name, duration(seconds), cpu.get(name, NONE)) for name, seconds in result.seconds.items()]
+    note = (
+        "CPU time is this process's, over all its threads. Everything: also writing, probes, and what the untrained "
+        "model was asked."
+    )
+    return table(("time", "wall", "CPU"), lines, (1, 2)) + f'<p class="note">{note}</p>\n'
 
 
 def _measures(result: ContinualResult) -> str:

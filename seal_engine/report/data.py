@@ -193,6 +193,12 @@ class RunData:
         return _curves((policy.round, policy.losses) for policy in self.policies)
 
     @property
+    def unfinished_rounds(self) -> list[str]:
+        """Names of the rounds with losses that not every seed has ended: a round ends with its policy update."""
+        ended = Counter(f"round {policy.round}" for policy in self.policies)
+        return [name for name in {**self.adapter_losses, **self.policy_losses} if ended[name] < self.num_seeds]
+
+    @property
     def seconds_by_stage(self) -> dict[str, dict[str, float]]:
         """Stage -> part -> seconds over seeds, stages in the order in which a seed goes through them."""
         found: dict[str, dict[str, float]] = {}

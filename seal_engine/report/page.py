@@ -62,8 +62,8 @@ TERMS = {  # task's configuration -> what its self-edits are
 
 LOSSES = (
     '<p class="note">A line goes through the medians of all adapters of a round, or of the updates of all seeds; its '
-    "band has 80% of them. A loss that falls says that a text was learned, not that it was worth learning: that is "
-    "what rewards are for.</p>\n"
+    "band has 80% of them. It is dashed where not all seeds have ended the round. A loss that falls says that a text "
+    "was learned, not that it was worth learning: that is what rewards are for.</p>\n"
 )
 
 
@@ -111,7 +111,7 @@ def _draw(data: RunData, rounds: Sequence[RoundRewards]) -> dict[str, str]:
     if any(one.rewarded for one in rounds):
         pictures["rewards"] = plots.rewards(rounds)
     if data.adapter_losses or data.policy_losses:
-        pictures["losses"] = plots.losses(data.adapter_losses, data.policy_losses)
+        pictures["losses"] = plots.losses(data.adapter_losses, data.policy_losses, data.unfinished_rounds)
     if any(sum(parts.values()) > 0 for parts in data.seconds_by_stage.values()):
         pictures["time"] = plots.time(data.seconds_by_stage, data.cpu_seconds_by_stage)
     return pictures
@@ -162,7 +162,8 @@ def _headline(data: RunData) -> str:
         elif data.done is not None:
             lines.append(
                 f"<strong>The run is not over:</strong> {data.done[0]} of {data.done[1]} rounds and evaluations are "
-                "done; a mean over fewer seeds than there will be is drawn as a ring."
+                "done; a mean over fewer seeds than there will be is drawn as a ring, and losses of a round that has "
+                "not ended are dashed."
             )
         lines.append(f"Last recorded: {clean(data.steps[-1].name)}, at {date(data.steps[-1].finished)}.")
     sure = certainty(data)

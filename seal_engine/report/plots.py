@@ -1,6 +1,6 @@
 """The pictures of a report, as SVG (see svg.py) that depends on the data alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, stdev
 
@@ -65,8 +65,9 @@ def accuracy(
         hover = f"{name}: {100 * level:.1f}%{_over(baselines[name], num_seeds[name])}"
         parts.append(line(left, y(level), right, y(level), "s-grey dash thin", hover))
         labels.append((y(level), name, level, "", hover))
+    highest = max(lines, key=lambda name: fmean(lines[name][max(lines[name])].values()), default="")
     for (name, rounds), colour in zip(lines.items(), LOOKS, strict=False):
-        parts += _line_of_means(rounds, x, y, colour, num_seeds[name], label_below=colour != LOOKS[0])
+        parts += _line_of_means(rounds, x, y, colour, num_seeds[name], label_below=name != highest)
         last = rounds[max(rounds)]
         level = fmean(last.values())
         hover = f"{name}: {100 * level:.1f}%{_over(last, num_seeds[name])}"
@@ -213,18 +214,25 @@ def rewards(rounds: Sequence[RoundRewards]) -> str:
     return picture(lower + 20, f"Rewards of self-edits by round: {said}", parts)
 
 
-def losses(adapters: Mapping[str, Sequence[Sequence[float]]], policy: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def losses(
+    adapters: Mapping[str, Sequence[Sequence[float]]],
+    policy: Mapping[str, Sequence[Sequence[float]]],
+    unfinished: Collection[str] = (),
+) -> str:
     """Training losses over the course of a training, of the adapters of each round and of the policy's updates.
 
     Name of a line -> curves of any lengths (see loss_curve). A line goes through medians; most curves are in its band.
+    unfinished: names of lines that more curves will belong to; they are dashed.
     """
     panels = [("adapters", adapters), ("the policy", policy)]
-    drawn = [_loss_panel(30 + 222 * i, title, lines) for i, (title, lines) in enumerate(panels) if lines]
+    drawn = [_loss_panel(30 + 222 * i, title, lines, unfinished) for i, (title, lines) in enumerate(panels) if lines]
     parts = [words(0, 14, "Training loss from the first step to the last, nats per token", "bold")]
     return picture(212, "Training losses of adapters and of the policy", [*parts, *(p for own in drawn for p in own)])
 
 
-def _loss_panel(left: float, title: str, lines: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
+def _loss_panel(
+    left: float, title: str, lines: Mapping[str, Sequence[Sequence[float]]], unfinished: Collection[str]
+) -> list[str]:
     """Lines on a scale of their own, from a loss of 0 to the top of the highest band; the first and the last ones."""
     right, upper, lower, labels = left + 104, 48, 190, []
     names = [*lines][:1] + [*lines][1:][1 - len(LOOKS) :]
@@ -242,10 +250,11 @@ def _loss_panel(left: float, title: str, lines: Mapping[str, Sequence[Sequence[f
         parts.append(words(left - 6, y + 4, f"{i * step:g}", "muted end small"))
     parts += [words(left, lower + 16, "first", "muted small"), words(right, lower + 16, "last", "muted end small")]
     for colour, (name, (low, middle, high)) in zip(LOOKS, bands.items(), strict=False):
-        hover = f"{name}: {middle[0]:.3g} to {middle[-1]:.3g}, median of {len(lines[name])}"
+        so_far, dashed = (" so far", " dash") if name in unfinished else ("", "")
+        hover = f"{name}: {middle[0]:.3g} to {middle[-1]:.3g}, median of {len(lines[name])}{so_far}"
         band = " ".join([*points(high), *reversed(points(low))])
         parts.append(element("polygon", f"f-{colour}", hover, points=band, fill_opacity=0.15))
-        parts.append(element("polyline", f"line s-{colour}", hover, points=" ".join(points(middle))))
+        parts.append(element("polyline", f"line s-{colour}{dashed}", hover, points=" ".join(points(middle))))
         end = lower - middle[-1] / top * (lower - upper)
         labels.append((end, f"{middle[-1]:.2f} {name}", f"bold small t-{colour}", hover))
     labels.sort()

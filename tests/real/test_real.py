@@ -11,7 +11,9 @@ from seal_engine.cli.main import main
 from seal_engine.domains.knowledge.grading import contains, normalize
 from seal_engine.domains.knowledge.seal_files import read_passages
 from seal_engine.loop.ledger import Ledger
+from seal_engine.loop.records import SelfEdit, Trial
 from seal_engine.real import demo
+from seal_engine.real.conclusion import conclusion
 from seal_engine.real.demo import REAL, SENTENCE_END, SENTENCES
 
 PASSAGES = read_passages(REAL["data"])
@@ -44,12 +46,12 @@ def test_sentences_are_whole():
 
 def test_the_demo_on_two_passages(tmp_path):
     """All methods are measured, and what an adapter learns from a passage's sentences answers questions on it."""
-    few = {"contexts": 1, "held_out_contexts": 2, "self_edits": 2, "max_tokens": 24, "passage_copies": 0}
+    few = {"contexts": 1, "held_out_contexts": 2, "self_edits": 1, "max_tokens": 12, "passage_copies": 0}
     directory = runs.start("real-model", {**few, "model": str(smollm2())}, tmp_path / "run", lambda line: None, False)
     with Ledger.read(directory) as ledger:
         found = {row.name: row.mean for row in runs.rows(ledger)}
         said = runs.summary(ledger)[0].splitlines()[-1]
-        assert len(ledger.trials()) == 2 * len(found) + 1 + 1 * 2
+        assert len(ledger.trials()) == 2 * len(found) + 1 + 1
     assert list(found) == [
         "no adapter", "passage in the prompt", "passage only", SENTENCES, "self-edits, before any round",
         "self-edits, after round 1",
@@ -59,9 +61,36 @@ def test_the_demo_on_two_passages(tmp_path):
     assert found[SENTENCES] >= found["no adapter"] + 0.2
 
 
+@pytest.mark.parametrize(
+    ("right", "shuffled", "said"),
+    [
+        ((1, 1, 2, 1), False, "+25.0 points (95% interval over 4 passages +15.2 to +34.8): the policy got better."),
+        ((-1, -1, -2, -1), True, "-25.0 points (95% interval over 4 passages -34.8 to -15.2): the policy got worse."),
+        ((2, -2, 2, -1), False, "+5.0 points (95% interval over 4 passages -35.4 to +45.4): chance explains as much."),
+    ],
+    ids=["every passage gains", "every passage loses", "some gain, some lose"],
+)
+def test_the_conclusion_is_what_the_interval_allows(tmp_path, right, shuffled, said):
+    """Two of five answers are right before, so many more are after: a gain of one question is 20 points. Of changes by
+    20, 20, 40 and 20 points the mean has a standard error of 5, of 40, -40, 40 and -20 one of 20.6."""
+    titles = [passage.title for passage in PASSAGES[:4]]
+    with Ledger.open(tmp_path, {"rounds": 1, "data": REAL["data"], "shuffle_rewards": shuffled}) as ledger:
+        for number, gains in ((0, (0,) * 4), (1, right)):
+            for title, gain in zip(titles, gains, strict=True):
+                context, phase = f"held out 0000 {title}", f"evaluation {number}"
+                grades = tuple(float(i < 2 + gain) for i in range(5))
+                trial = Trial(0, f"{phase}, self-edits", context, 0, 0, 1, 3, 7, 0.5, None, ("",) * 5, grades, 0.0)
+                edit = SelfEdit(0, phase, context, 0, PASSAGES[titles.index(title)].context, (1, 2), None, 1, None)
+                ledger.finish(f"seed 0, {phase}, {title}", trials=[trial], self_edits=[edit])
+        text = conclusion(ledger)
+    assert text.endswith(said)
+    assert text.startswith("A control, rewards shuffled. ") == shuffled
+    assert "had 2 tokens (100% of the words are the passage's) before any" in text
+
+
 def test_quantised_bases_read_real_text(tmp_path):
-    """Perplexity on eight passages against float32: int8 within 1%; nf4 adds about a quarter, as recorded."""
-    texts = [passage.context for passage in PASSAGES[:8]]
+    """Perplexity on four passages against float32: int8 within 1%; nf4 adds about a quarter, as recorded."""
+    texts = [passage.context for passage in PASSAGES[:4]]
     found = {}
     for quantize in (None, "int8", "nf4"):
         engine = Engine.from_pretrained(smollm2(), "cpu", quantize=quantize)

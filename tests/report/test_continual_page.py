@@ -20,8 +20,9 @@ def method(name, **fields):
 
 UNTRAINED = {"accuracy": 0.1, "reading": 1.0, "knowledge": 1.0, "writing": 0.5}
 RESULT = ContinualResult(
-    [method("merge", tokens=200), method("bank", routing={"routed": 0.75})], UNTRAINED, 2, 2, 8, {"everything": 61.0}
-)
+    [method("merge", tokens=200), method("bank", routing={"routed": 0.75})], UNTRAINED, 2, 2, 8,
+    {"training": 40.0, "everything": 61.0}, {"training": None, "everything": 90.0},
+)  # fmt: skip
 
 
 CONFIG = {"seeds": [0], "methods": ["merge", "bank"]}
@@ -44,6 +45,13 @@ def test_the_page_shows_measures_and_probes():
         assert shown in page
     assert "the untrained model has 10.0" in page
     assert "<h1>After 2 edits merge keeps 50%</h1>" in page
+
+
+def test_cpu_time_stands_beside_wall_time():
+    """61 seconds of the clock in which this process used 90 of its cores'; a run of an earlier version has none."""
+    page = continual_page(LEDGER, RESULT, {}, "")
+    assert '<td>training</td><td class="n">40 s</td><td class="n">-</td>' in page
+    assert '<td>everything</td><td class="n">1 min 1 s</td><td class="n">1 min 30 s</td>' in page
 
 
 def test_pictures_have_their_values_on_hover_and_change_with_what_they_show():

@@ -54,6 +54,17 @@ def test_a_mean_over_fewer_seeds_than_there_will_be_is_hollow_and_its_line_dashe
     assert not any("s-blue dash" in (e.get("class") or "") for e in parsed(plots.accuracy(WHOLE, {}, SEEDS)))
 
 
+@pytest.mark.parametrize("highest", ["self-edits", "rewards shuffled"])
+def test_values_stand_on_the_side_where_their_line_is(highest):
+    """The line that ends highest has its values above its points, the other one below, whichever is drawn first."""
+    ends = {"self-edits": 0.4, "rewards shuffled": 0.4} | {highest: 0.5}
+    written = {name: {0: {0: 0.2}, 1: {0: end}} for name, end in ends.items()}
+    svg = plots.accuracy(written, {}, dict.fromkeys(written, 1))
+    values = {e.text: float(e.get("y")) for e in parsed(svg) if e.tag == f"{SVG}text" and e.text in ("50.0", "40.0")}
+    points = sorted(float(e.get("cy")) for e in parsed(svg) if e.tag == f"{SVG}circle")
+    assert values["50.0"] < points[0] < points[1] < values["40.0"]
+
+
 def test_contexts_are_better_worse_or_the_same():
     pairs = Pairs(2, [0], {"held out a": 0.2, "held out b": 0.6, "held out c": 0.5},
                   {"held out a": 0.8, "held out b": 0.4, "held out c": 0.5}, 0)  # fmt: skip
@@ -84,6 +95,14 @@ def test_losses_go_through_medians():
     assert hovers == ["round 1: 3 to 2, median of 3", "round 1: 0.3 to 0.2, median of 1"]
     texts = lines_of(svg)
     assert {"2.00 round 1", "0.20 round 1", "8", "0.3"} <= set(texts)
+
+
+def test_losses_of_a_round_that_goes_on_are_dashed():
+    """Its median is of fewer adapters than there will be; the round before has all of them."""
+    adapters = {"round 1": [(9.0, 1.0)], "round 2": [(9.0, 2.0)]}
+    svg = plots.losses(adapters, {"round 1": [(0.3, 0.2)]}, ["round 2"])
+    dashed = [e for e in parsed(svg) if e.tag == f"{SVG}polyline" and "dash" in e.get("class")]
+    assert [e.findtext(f"{SVG}title") for e in dashed] == ["round 2: 9 to 2, median of 1 so far"]
 
 
 def contrast(one, other):

@@ -114,6 +114,7 @@ def test_what_is_counted_and_paired(whole):
         data, trials = RunData(ledger), ledger.trials()
     trained = sum(job.checkpoint_dir is None for jobs in engine.trained for job in jobs)
     assert len(data.adapters) == trained
+    assert data.unfinished_rounds == []
     assert ("adapters trained", f"{trained:,}, and 6 policy updates") in page.cells()
     assert sum(sum(parts.values()) for parts in data.seconds_by_stage.values()) == pytest.approx(
         sum(step.seconds for step in data.steps)
@@ -190,6 +191,17 @@ def test_a_run_that_goes_on(tmp_path, lines):
     assert "The run is not over" in page.text
     assert page.tags["h2"] == 8
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
+
+
+def test_rounds_that_not_every_seed_has_ended(tmp_path):
+    """Two seeds; the first has ended round 1 and trained the adapters of round 2, the second has done nothing yet. When
+    the second has ended round 1, that round is whole."""
+    config, unfinished = replace(CONFIG, contexts=5, seeds=(0, 1)), []
+    for line in ("seed 0, round 2: 0", "seed 1, evaluation 1, self-edits: "):
+        make_run(tmp_path / "run", config, ReportDomain(5), line)
+        with Ledger.read(tmp_path / "run") as ledger:
+            unfinished.append(RunData(ledger).unfinished_rounds)
+    assert unfinished == [["round 1", "round 2"], ["round 2"]]
 
 
 def test_a_run_that_has_just_begun(tmp_path):
