@@ -57,12 +57,15 @@ def certainty(data: RunData) -> str:
     low, high = change_interval(changes)
     mean = f"mean change {100 * fmean(changes):+.1f} points"
     if math.isfinite(low):
-        mean += f", with 95% confidence {100 * low:+.1f} to {100 * high:+.1f}"
+        mean += f", with 95% confidence {100 * low:+.1f} to {100 * high:+.1f} (by their spread over contexts)"
     counts = f"{better} better, {worse} worse, {len(changes) - better - worse} the same"
     missing = (
         f" {pairs.missing} contexts are left out, as they lack an accuracy before or after." if pairs.missing else ""
     )
-    return f"{len(changes)} held-out contexts, {seeds_said(pairs.seeds)}: {counts}; {mean}.{missing}"
+    control = ""
+    if low > 0 and not data.config.get("shuffle_rewards"):
+        control = " What the writer gains by training on its own texts alone, a run with --shuffle-rewards shows."
+    return f"{len(changes)} held-out contexts, {seeds_said(pairs.seeds)}: {counts}; {mean}.{missing}{control}"
 
 
 def seeds_said(seeds: Sequence[int]) -> str:

@@ -1,10 +1,12 @@
 """Self-edits to read: some contexts before and after, with their questions; and all of them by reward and context."""
 
+import hashlib
 from collections.abc import Sequence
 
 from seal_engine.domains.knowledge.passages import Passage
 from seal_engine.loop.records import EVALUATION, SelfEdit, Trial
 from seal_engine.loop.restem import NO_ADAPTER, SELF_EDITS
+from seal_engine.report.claim import seeds_said
 from seal_engine.report.copied import mark_copied
 from seal_engine.report.data import RunData
 from seal_engine.report.html import cut, fold, preformatted, table_of
@@ -91,7 +93,9 @@ def _example(data: RunData, seed: int, name: str, rounds: Sequence[int], change:
         edit = next((edit for edit in edits if trial is None or edit.index == trial.index), None)
         body = "<p>Nothing was written.</p>" if edit is None else _written(edit, passage, trial)
         written.append(f"<section><h4>Self-edit {_when(number)}</h4>{body}</section>\n")
-    gain = "" if change is None else f" <small>{100 * change:+.1f} points</small>"
+    gain = ""
+    if change is not None and data.pairs is not None:
+        gain = f" <small>{100 * change:+.1f} points, {seeds_said(data.pairs.seeds)}</small>"
     return (
         f'<article class="example"><h3>{clean(cut(name, 200))}{gain}</h3>\n'
         f'<div class="beside">\n{"".join(written)}</div>\n'
@@ -165,6 +169,11 @@ def browser(groups: Sequence[RoundRewards], contexts: dict[str, Passage]) -> str
     return intro + FILTER + "".join(shown) + note + _by_context(groups, contexts)
 
 
+def _place(context: str) -> str:
+    """Where a context stands in the page."""
+    return f"c{hashlib.sha256(context.encode('utf-8', 'replace')).hexdigest()[:12]}"
+
+
 def _judged(judged: JudgedEdit, passage: Passage | None) -> str:
     """A self-edit in a fold, its reward and context in the line that is always seen."""
     edit, reward = judged.edit, judged.reward
@@ -172,6 +181,7 @@ def _judged(judged: JudgedEdit, passage: Passage | None) -> str:
     title = f"<b>{shown}</b> {judged.status} · {clean(cut(edit.context, 80))} · seed {edit.seed}"
     trial = judged.trials[0] if judged.trials else None
     body = _written(edit, passage, trial)
+    body += f'<p><a href="#{_place(edit.context)}">The context, and all its self-edits</a></p>\n'
     if judged.status != REJECTED and trial is not None and trial.error is None:
         several = f"first of {len(judged.trials)} adapters" if len(judged.trials) > 1 else "its adapter"
         body += _answers(passage, [(several, trial)])
@@ -196,5 +206,5 @@ def _by_context(groups: Sequence[RoundRewards], contexts: dict[str, Passage]) ->
             links = " ".join(f'<a href="#{edit.anchor}">{shown}</a>' for edit, shown in rewards)
             lines.append(f"<p>{title}: {links}</p>\n")
         passage = _passage(contexts[name]) if name in contexts else ""
-        folds.append(fold(cut(name, 200), passage + "".join(lines)))
+        folds.append(fold(cut(name, 200), f'<div id="{_place(name)}">{passage}{"".join(lines)}</div>'))
     return fold(f"By context: {len(folds)}", "".join(folds))

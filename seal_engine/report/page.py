@@ -40,6 +40,8 @@ from seal_engine.report.settings import environment_section, settings_section
 from seal_engine.report.workers import workers_table
 from seal_engine.runs import TASKS, Row, is_continual, rows
 from seal_engine.svg import clean, standalone
+from seal_engine.tiny.demo import BEST_STYLE
+from seal_engine.types import is_number
 
 PAGE = "report.html"
 MOST = 20  # rows of a table that could be of any length
@@ -49,13 +51,14 @@ TERMS = {  # task's configuration -> what its self-edits are
         "<strong>adapter</strong> is a small set of extra weights (LoRA) that is trained on one self-edit and then "
         "asked the passage's questions without the passage; the share of right answers is the self-edit's reward. A "
         "<strong>round</strong> samples self-edits, rewards each of them, and trains the model to write as in those "
-        "that are kept, the best ones."
+        "that are kept. The model that writes is the <strong>policy</strong>; a passage is a <strong>context</strong>."
     ),
     "few-shot": (
         "A <strong>self-edit</strong> is the model's choice of how to train on a puzzle's demonstrations. An "
         "<strong>adapter</strong> is a small set of extra weights (LoRA) that is trained in that way and then given "
         "the puzzle's test; whether it solves it is the self-edit's reward. A <strong>round</strong> samples "
-        "self-edits, rewards each of them, and trains the model to choose as in those that are kept."
+        "self-edits, rewards each of them, and trains the model to choose as in those that are kept. The model that "
+        "chooses is the <strong>policy</strong>; a puzzle is a <strong>context</strong>."
     ),
 }
 
@@ -191,6 +194,10 @@ def _accuracy(data: RunData, measured: Sequence[Row]) -> str:
             " No adapter: the model as it is, which has not seen the passages. Passage in the prompt: the same, with "
             "the passage to read. Passage only: an adapter trained on the passage itself."
         )
+    if any(row.name.startswith("passage only, ") for row in measured):
+        note += " As many times: on so many copies of it, for as many times the steps."
+    if BEST_STYLE in data.accuracies:
+        note += " Best style: on notes of the kind that teaches best here, which a program writes, not the model."
     return table(("method", "accuracy", "sd", "se", "seeds"), lines, (1, 2, 3, 4)) + f'<p class="note">{note}</p>\n'
 
 
@@ -223,7 +230,7 @@ def _kept(data: RunData, rounds: Sequence[RoundRewards]) -> str:
         parts.append(table(heads, map(_round_line, rounds), range(9)))
         parts.append(
             '<p class="note">Over all seeds: mean accuracy and rewards in percent, median tokens. A reward is the mean '
-            "accuracy of the adapters trained on a self-edit; rejected ones have none.</p>\n"
+            f"accuracy of the adapters trained on a self-edit; rejected ones have none. {_rule(data)}</p>\n"
         )
     else:
         parts.append("<p>No round has been finished.</p>")
@@ -245,6 +252,19 @@ def _kept(data: RunData, rounds: Sequence[RoundRewards]) -> str:
             if len(counts) > MOST:
                 parts.append(f'<p class="note">And {len(counts) - MOST} rarer reasons.</p>')
     return "".join(parts)
+
+
+def _rule(data: RunData) -> str:
+    """Which self-edits are kept, by the run's settings; "" where these are not known."""
+    keep, share, least = (data.config.get(name) for name in ("keep", "keep_fraction", "keep_reward"))
+    if not is_number(share) or not is_number(least):
+        return ""
+    what = {
+        "top": f"the {share:.0%} with the highest rewards",
+        "best": "the one with the highest reward of each context",
+        "gain": "those with a reward above the accuracy without an adapter",
+    }.get(str(keep))
+    return "" if what is None else f"Kept, of each seed: {what}, if it is at least {least:.0%}."
 
 
 def _round_line(one: RoundRewards) -> tuple[str, ...]:
@@ -272,6 +292,7 @@ def _cost(data: RunData) -> str:
     trials = [trial for own in data.trials.values() for trial in own]
     asking = sum(trial.seconds for trial in trials if trial.num_steps)
     tokens = sum(adapter.num_tokens for adapter in adapters)
+    written = sum(len(edit.token_ids) for edit in edits)
     updates = sum(policy.path is not None for policy in data.policies)
     facts = [
         ("begun", date(data.started)),
@@ -280,7 +301,7 @@ def _cost(data: RunData) -> str:
         ("CPU time", _cpu_time(data)),
         ("adapters trained", f"{len(adapters):,}, and {updates} policy updates"),
         ("tokens trained on", f"{tokens:,} by adapters, all epochs together"),
-        ("tokens written", f"{sum(len(edit.token_ids) for edit in edits):,} in {len(edits):,} self-edits"),
+        ("tokens written", f"{written:,} in {len(edits):,} self-edits, those of baselines too"),
         ("adapters a second, with asking and grading", rate(len(adapters), asking)),
         ("tokens trained on a second, with the same", rate(tokens, asking)),
     ]

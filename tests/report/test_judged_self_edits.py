@@ -101,9 +101,12 @@ def test_the_browser_has_every_self_edit_by_reward_and_by_context(whole):
             float(found) for found in re.findall('data-reward="(.*?)"', part.partition("</div>\n</details>\n<d")[0])
         ]
         assert rewards == sorted(rewards, reverse=True)
-    anchors = re.findall(r'<div id="(.*?)">', shown.replace('<div id="filter"', ""))
+    anchors = re.findall(r'<div id="(e.*?)">', shown)
     assert len(set(anchors)) == count
-    assert sorted(re.findall('href="#(.*?)"', shown)) == sorted(anchors)
+    assert sorted(re.findall('href="#(e.*?)"', shown)) == sorted(anchors)
+    contexts = re.findall(r'<div id="(c.*?)">', shown)
+    ways = re.findall('href="#(c.*?)"', shown)
+    assert (len(ways), set(ways)) == (count, set(contexts)), "each shows the way to its context, and back"
     assert 'id="filter" hidden' in shown  # until there is a script
 
 
