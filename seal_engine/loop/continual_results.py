@@ -102,9 +102,11 @@ def read_result(ledger: Ledger) -> ContinualResult:
     row = mean([mean(m[0]) for m in next(iter(found.values()), [])])
     steps = [entry for entry in metrics if "adapters" in entry]
     every = ledger.steps()
-    seconds = {name: sum(entry[f"{name}_seconds"] for entry in steps) for name in PARTS if steps}
+    seconds: dict[str, float] = {name: sum(entry[f"{name}_seconds"] for entry in steps) for name in PARTS if steps}
     seconds["everything"] = sum(taken for _, _, taken, _ in every)
-    cpu_seconds = {name: _sum([entry.get(f"{name}_cpu_seconds") for entry in steps]) for name in PARTS if steps}
+    cpu_seconds: dict[str, float | None] = {
+        name: _sum([entry.get(f"{name}_cpu_seconds") for entry in steps]) for name in PARTS if steps
+    }
     cpu_seconds["everything"] = _sum([taken for *_, taken in every])
     trained = sum(entry["adapters"] for entry in steps)
     untrained = {"accuracy": row, **probed(UNTRAINED)}

@@ -206,6 +206,9 @@ def test_a_run_and_its_files(whole):
     assert summary["mean_over_sequences"][2][0] == pytest.approx(sum(cells) / 2)
     edits = [e for e in snapshot["self_edits"] if e["phase"].startswith("step 1, ")]
     assert len({e["text"] for e in edits}) == 2, "equal systems write equal self-edits"
+    for times in (result.seconds, result.cpu_seconds):  # parts of the steps, and the whole run with writing and probes
+        assert list(times) == ["preparing", "training", "keeping", "asking", "everything"]
+        assert 0 < times["training"] < sum(times[name] for name in times if name != "everything") < times["everything"]
 
 
 @pytest.mark.xdist_group("continual run")
