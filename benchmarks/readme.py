@@ -105,7 +105,7 @@ def demos() -> str:
     )
     heads = ("method", "miniature (%)", "sd", "SmolLM2-135M (%)", "95%: ±")
     files = "`bench_demo_cpu.json` and `bench_demo_real_cpu.json` of `benchmarks/results`"
-    where = f"{machine['device']}, {machine['date']}, {on['date']}"
+    where = ", ".join(dict.fromkeys([machine["device"], machine["date"], on["date"]]))
     return table(heads, lines) + prose(text) + prose(f"Recorded in {files} ({where}); commands: {DETAILS}.")
 
 

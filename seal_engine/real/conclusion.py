@@ -34,12 +34,15 @@ def conclusion(ledger: Ledger) -> str:
     mean, low, high = interval(by_passage)
     verdict = "the policy got better" if low > 0 else "the policy got worse" if high < 0 else "chance explains as much"
     control = "A control, rewards shuffled. " if ledger.config["shuffle_rewards"] else ""
+    alone = (
+        " This is one policy, and another seed's may come out otherwise." if len(ledger.config["seeds"]) == 1 else ""
+    )
     texts = {p.title: p.context for p in read_passages(str(ledger.config["data"]))}
     then, now = (_describe(ledger.self_edits(phase=str(phase)), texts) for phase in _evaluations(ledger))
     return (
         f"{control}What the policy learned: its self-edits have {now} after round {last}, and had {then} before any. "
         f"Accuracy changed by {mean:+.1f} points (95% interval over {len(by_passage)} passages {low:+.1f} to "
-        f"{high:+.1f}): {verdict}."
+        f"{high:+.1f}): {verdict}.{alone}"
     )
 
 
