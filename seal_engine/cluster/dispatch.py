@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from seal_engine.cluster.pace import Pace, paces, water_level
 from seal_engine.errors import RunError
 
 IN_FLIGHT = 2  # batches per worker: one runs, the next lies ready
-SHARES = 3  # a batch is an even share of what is left, divided by this: ever smaller, so that all end together
-MIN_SHARE = 1 / 8  # of a worker's even share of the whole, at least: small batches train less efficiently
+SHARES = 3  # a batch is a worker's share of what is left, divided by this: ever smaller, so that all end together,
+MIN_SHARE = 1 / 8  # but at least this part of an even share of the whole,
+MIN_FIXED = 8  # and at least so many times what any batch takes however small it is
 TRIES = 3  # of an item alone: a batch that ends with its worker is halved until it is one, and this tried twice more
 HANG_SECONDS, HANG_FACTOR = 120.0, 20.0  # a batch hangs after both: this long, and so many times as long as others took
 START_SECONDS = 300.0  # without any worker that is ready, before the run ends
@@ -80,6 +82,7 @@ class WorkerState:
     batches_done: int = 0
     busy_seconds: float = 0.0
     restarts: int = 0
+    paces: dict[str, Pace] = field(default_factory=dict)  # by kind of run
 
 
 class Dispatcher:
@@ -106,14 +109,16 @@ class Dispatcher:
         costs: Sequence[float],
         limits: Mapping[int, int] | None = None,
         report: Callable[[int], None] = lambda done: None,
+        kind: str = "",
     ) -> list[Any]:
         """The result of every item, in order. call: what workers are to do with items, as the transport takes it.
 
         costs: how much work each item is, in any unit. limits: items in a batch at most, by worker. report: called
-        with the number of items that are done. RunError where an item alone ends three workers, or no worker is left.
+        with the number of items that are done. kind: runs of one kind have costs that take equally long. RunError where
+        an item alone ends three workers, or no worker is left.
         """
         start = self.transport.now()
-        run = _Run(call, items, costs, limits or {})
+        run = _Run(call, items, costs, limits or {}, kind)
         try:
             while len(run.results) < len(items):
                 self._hand_out(run)
@@ -129,20 +134,33 @@ class Dispatcher:
         self.transport.start(number)
 
     def _hand_out(self, run: "_Run") -> None:
-        """Give the next batches to whoever is free, and then to those that will be, while enough is left for all."""
-        ready = [i for i, worker in enumerate(self.workers) if worker.state == "ready"]
+        """Give batches to whoever is free, then second ones to those that would be done before the others."""
+        ready = {i: worker for i, worker in enumerate(self.workers) if worker.state == "ready"}
+        fixed, slopes = paces({i: worker.paces.get(run.kind) for i, worker in ready.items()})
+        backlogs = {i: self._backlog(run, worker, fixed, slopes[i]) for i, worker in ready.items()}
         for in_flight in range(IN_FLIGHT):
-            for i in ready:
-                worker = self.workers[i]
-                early = worker.batches and run.in_flight(worker) > run.left / len(ready)
-                if run.queue and len(worker.batches) <= in_flight and not early:
-                    batch = run.take(len(ready), min(filter(None, (worker.limit, run.limits.get(i))), default=None))
-                    self._numbers += 1
-                    if not worker.batches:
-                        worker.since = self.transport.now()
-                    worker.batches[self._numbers] = batch
-                    run.batches.add(self._numbers)
-                    self.transport.submit(i, self._numbers, run.call, [run.items[j] for j in batch])
+            for i, worker in ready.items():
+                if not run.queue or len(worker.batches) > in_flight:
+                    continue
+                room = water_level([(backlogs[i], slopes[i]) for i in ready], run.left) - backlogs[i]
+                if worker.batches and room <= fixed:
+                    continue
+                limit = min(filter(None, (worker.limit, run.limits.get(i))), default=len(run.items))
+                batch = run.take(run.share(room, fixed, slopes[i], len(ready)), limit)
+                backlogs[i] += fixed + slopes[i] * run.cost(batch)
+                self._numbers += 1
+                if not worker.batches:
+                    worker.since = self.transport.now()
+                worker.batches[self._numbers] = batch
+                run.batches.add(self._numbers)
+                self.transport.submit(i, self._numbers, run.call, [run.items[j] for j in batch])
+
+    def _backlog(self, run: "_Run", worker: WorkerState, fixed: float, slope: float) -> float:
+        """Seconds until a worker has done its batches; those of a run that was interrupted are not counted."""
+        left = [fixed + slope * run.cost(batch) for number, batch in worker.batches.items() if number in run.batches]
+        if left:
+            left[0] = max(0.0, left[0] - (self.transport.now() - worker.since))
+        return sum(left)
 
     def _handle_events(self, run: "_Run | None") -> None:
         for event in self.transport.wait(1.0):
@@ -180,6 +198,7 @@ class Dispatcher:
             return
         if event.kind is Kind.DONE:
             worker.items += run.finish(batch, event.value, taken)
+            worker.paces.setdefault(run.kind, Pace()).add(run.cost(batch), event.seconds)
             worker.batches_done += 1
             worker.busy_seconds += event.seconds
         elif event.kind is Kind.FAILED:
@@ -216,8 +235,10 @@ class Dispatcher:
 class _Run:
     """The items of one run: waiting, in flight, done."""
 
-    def __init__(self, call: Any, items: Sequence[Any], costs: Sequence[float], limits: Mapping[int, int]):
-        self.call, self.items, self.costs, self.limits = call, items, costs, limits
+    def __init__(
+        self, call: Any, items: Sequence[Any], costs: Sequence[float], limits: Mapping[int, int], kind: str
+    ):
+        self.call, self.items, self.costs, self.limits, self.kind = call, items, costs, limits, kind
         # The longest first: begun last, they would be waited for alone.
         self.queue = deque(sorted(range(len(items)), key=lambda i: -costs[i]))
         self.left, self.total = sum(costs), sum(costs)  # cost of what is not handed out, and of all
@@ -230,18 +251,20 @@ class _Run:
     def cost(self, batch: Sequence[int]) -> float:
         return sum(self.costs[i] for i in batch)
 
-    def in_flight(self, worker: WorkerState) -> float:
-        """Cost of what a worker has; batches of a run that was interrupted are not counted."""
-        return sum(self.cost(batch) for number, batch in worker.batches.items() if number in self.batches)
+    def share(self, room: float, fixed: float, slope: float, workers: int) -> float:
+        """Cost of a worker's next batch. room: seconds until all are done, beside what the worker has. One worker gets
+        all; so does one that has little room."""
+        least = max(MIN_SHARE * self.total * slope / workers, MIN_FIXED * fixed)
+        every = workers == 1 or room < 2 * least
+        return (room if every else max(room / SHARES, least)) / slope
 
-    def take(self, workers: int, limit: int | None) -> list[int]:
-        """The next batch: what is left evenly among workers, divided, and not too small; one worker gets all."""
-        share = max(self.left / (SHARES * workers), MIN_SHARE * self.total / workers) if workers > 1 else math.inf
-        batch, cost, most = [], 0.0, limit or len(self.items)
+    def take(self, share: float, limit: int) -> list[int]:
+        """The next batch: about `share`, at least one item, at most `limit` of them."""
+        batch, cost = [], 0.0
         while self.queue:
-            most = min(most, self.together[self.queue[0]])
-            cost += self.costs[self.queue[0]]
-            if batch and (len(batch) >= most or cost > share):
+            item = self.queue[0]
+            limit, cost = min(limit, self.together[item]), cost + self.costs[item]
+            if batch and (len(batch) >= limit or cost - self.costs[item] / 2 > share):
                 break
             batch.append(self.queue.popleft())
         self.left -= self.cost(batch)

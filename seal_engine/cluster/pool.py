@@ -198,7 +198,8 @@ class Pool(Engine):
             return []
         dispatcher, call = self._dispatcher, Call(verb, self._policy, options)
         with reporting(len(items), unit, f"{len(dispatcher.workers)} workers", progress) as report:
-            return dispatcher.run(call, items, costs, self._limits(jobs), report)
+            kind = f"{verb} with training" if jobs else verb
+            return dispatcher.run(call, items, costs, self._limits(jobs), report, kind)
 
     def _limits(self, jobs: Sequence[TrainJob]) -> dict[int, int]:
         """How many adapters each worker's memory holds at once, by `plan`: the most jobs in one batch."""

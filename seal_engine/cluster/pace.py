@@ -1,0 +1,52 @@
+"""How fast a worker is: a straight line through what its batches took, so many seconds each and so many per cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+MIN_SPREAD = 0.01  # of batches' costs, their variance by their squared mean: below, a line through them says nothing
+
+
+@dataclass
+class Pace:
+    """Sums over the batches of one kind that a worker has done; x is a batch's cost, y its seconds."""
+
+    n: int = 0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, cost: float, seconds: float) -> None:
+        self.n, self.x, self.y = self.n + 1, self.x + cost, self.y + seconds
+        self.xx, self.xy = self.xx + cost * cost, self.xy + cost * seconds
+
+    def fixed(self) -> float:
+        """Seconds per batch, by least squares; 0 while batches were all of about one size."""
+        spread = self.n * self.xx - self.x**2
+        return 0.0 if spread < MIN_SPREAD * self.x**2 else (self.y * self.xx - self.x * self.xy) / spread
+
+
+def paces(known: Mapping[int, Pace | None]) -> tuple[float, dict[int, float]]:
+    """(seconds per batch, the median of workers; seconds per cost of each worker). Unknown ones are as others are."""
+    measured = {i: pace for i, pace in known.items() if pace is not None}
+    if not measured:
+        return 0.0, dict.fromkeys(known, 1.0)
+    fixed = max(0.0, median(pace.fixed() for pace in measured.values()))
+    # At least half of a batch's time is its work's: one wrong line must not make a worker look infinitely fast.
+    slopes = {i: max(pace.y - pace.n * fixed, pace.y / 2) / pace.x for i, pace in measured.items()}
+    usual = fmean(slopes.values())
+    return fixed, {i: slopes.get(i, usual) for i in known}
+
+
+def water_level(backlogs: Sequence[tuple[float, float]], work: float) -> float:
+    """When all are done, if `work` goes to those that are done first. backlogs: (seconds until done, seconds per cost).
+
+    Work poured into vessels as wide as workers are fast, each filled up to its backlog before, stands at this level.
+    """
+    width = 0.0
+    for seconds, slope in sorted(backlogs):
+        if width and seconds >= work / width:
+            break
+        width, work = width + 1 / slope, work + seconds / slope
+    return work / width
