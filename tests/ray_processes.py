@@ -14,10 +14,10 @@ from seal_engine.types import InputError
 ROOT = Path(__file__).parents[1]
 
 
-def begin(*arguments):
-    """The command line with these arguments, as a process whose engines have one thread each."""
+def begin(*arguments, **options):
+    """The command line with these arguments, as a process whose engines have one thread each. options: of Popen."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "seal_engine", *arguments], env=environment)
+    return subprocess.Popen([sys.executable, "-m", "seal_engine", *arguments], env=environment, **options)
 
 
 def wait_for(condition, process, seconds=120):

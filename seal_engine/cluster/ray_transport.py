@@ -1,7 +1,7 @@
 """Workers as Ray actors: where they are, how batches reach them, and how one that is dead or silent is noticed.
 
 Ray restarts an actor whenever its process or its machine dies; what it was doing comes back to the dispatcher, which
-gives it to whoever is free, so Ray itself retries no batch. Beside Pool.close, nothing else imports Ray.
+gives it to whoever is free, so Ray itself retries no batch. Nothing else imports Ray.
 """
 
 import os
@@ -87,9 +87,15 @@ def connect(address: str, workers: int, device: str) -> tuple[Placement, bool]:
     if workers > room:
         what = "one GPU each" if gpus else f"{placement.threads} CPUs each (OMP_NUM_THREADS sets that)"
         if started:
-            ray.shutdown()
+            disconnect()
         raise InputError(f"workers: found {workers}; accepted: at most {room} in this Ray, with {what}")
     return placement, started
+
+
+def disconnect() -> None:
+    """Leave Ray, and end it if this process started it. Ray would wait a second for its monitor, which lets SIGTERM pass."""
+    ray._private.worker._global_node.kill_monitor(check_alive=False)
+    ray.shutdown()
 
 
 class RayTransport:

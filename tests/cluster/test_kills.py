@@ -1,5 +1,6 @@
 """A run on workers whose workers and driver are killed: it ends with the ledger of a run on no workers, bit for bit."""
 
+import os
 import random
 import signal
 import time
@@ -15,12 +16,13 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 @pytest.fixture
 def start():
-    """Begins a run in a directory on so many workers; whatever is not over at the end of the test is killed."""
+    """Begins a run in a directory on so many workers, in a process group of its own as in a terminal; whatever is not
+    over at the end of the test is killed."""
     begun = []
 
     def start(directory, workers):
         options = f"--out={directory}", f"--workers={workers}", "--deterministic", "--quiet"
-        begun.append(begin("run", "miniature", *options, *SMALL))
+        begun.append(begin("run", "miniature", *options, *SMALL, process_group=0))
         return begun[-1]
 
     yield start
@@ -74,7 +76,7 @@ def test_an_interrupt_ends_a_run_and_all_its_processes(tmp_path, start):
     wait_for(lambda: num_steps(tmp_path / "run") >= 1, process)
     processes = list(descendants(process.pid))
     interrupted = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     print(f"ended {time.monotonic() - interrupted:.1f} s after the interrupt")
     assert gone(processes)
