@@ -529,7 +529,8 @@ def cluster_workers() -> str:
         f"{real[0]['trials']} trials of the miniature on {real[0]['cores']} cores, workers of one thread each. A batch "
         f"of k trials takes one worker {1e3 * line['per_batch_seconds']:.0f} + {1e3 * line['per_trial_seconds']:.0f} k "
         f"ms, a trial by itself {1e3 * alone['seconds']:.0f} ms, the longest of 32 "
-        f"{1e3 * alone['longest_seconds']:.0f} ms; a batch takes the driver {driver['ms']:.2f} ms; an update of "
+        f"{1e3 * alone['longest_seconds']:.0f} ms; a batch takes the driver {driver['send_ms']:.2f} ms to send and "
+        f"{driver['receive_ms']:.2f} ms to receive; an update of "
         f"{update['mib']:.1f} MiB is sent and merged in {1e3 * update['seconds']:.0f} ms."
     )
     return table(heads, lines) + text + source("bench_cluster_cpu", machine)
@@ -538,16 +539,15 @@ def cluster_workers() -> str:
 def cluster_simulated() -> str:
     """Efficiency of simulated workers."""
     rows, _ = read("bench_cluster_cpu")
-    kinds = ("one by one", "in batches")
-    made = {(row["trials_taken"], row["workers"]): row for row in rows if row["what"] == "simulated"}
     lines = []
-    for workers in sorted({workers for _, workers in made}):
-        cells = [
-            (f"{made[kind, workers]['seconds']:.2f}", percent(made[kind, workers]["efficiency"])) for kind in kinds
-        ]
-        lines.append([str(workers), *(cell for pair in cells for cell in pair)])
-    heads = ("workers", "one by one: seconds", "efficiency (%)", "in batches: seconds", "efficiency (%)")
-    return table(heads, lines)
+    for workers in sorted({row["workers"] for row in rows if row["what"] == "simulated"}):
+        cells = [str(workers)]
+        for kind in ("one by one", "in batches"):
+            row = pick(rows, what="simulated", workers=workers, trials_taken=kind)
+            cells += [f"{row['seconds']:.2f}", *(percent(row[name]) for name in ("efficiency", "attainable", "first_round"))]
+        lines.append(cells)
+    heads = "seconds", "efficiency (%)", "attainable (%)", "in the first round (%)"
+    return table(("workers", *(f"one by one: {heads[0]}", *heads[1:]), *(f"in batches: {heads[0]}", *heads[1:])), lines)
 
 
 def tinker() -> str:

@@ -36,10 +36,11 @@ def num_steps(directory):
 
 
 def snapshot(directory):
-    """What equal runs have in common, on however many workers."""
+    """What equal runs have in common, on whatever workers."""
     with Ledger.read(directory) as ledger:
         content = ledger.snapshot()
-    del content["config"]["workers"]
+    for name in ("workers", "ray_address"):
+        del content["config"][name]
     return content
 
 

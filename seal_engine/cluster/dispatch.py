@@ -17,7 +17,7 @@ from seal_engine.errors import RunError
 IN_FLIGHT = 2  # batches per worker: one runs, the next lies ready
 SHARES = 3  # a batch is a worker's share of what is left, divided by this: ever smaller, so that all end together,
 MIN_SHARE = 1 / 8  # but at least this part of an even share of the whole,
-MIN_FIXED = 8  # and at least so many times what any batch takes however small it is
+MIN_OVERHEAD = 8  # and at least so many times what any batch takes however small it is
 TRIES = 3  # of an item alone: a batch that ends with its worker is halved until it is one, and this tried twice more
 HANG_SECONDS, HANG_FACTOR = 120.0, 20.0  # a batch hangs after both: this long, and so many times as long as others took
 START_SECONDS = 300.0  # without any worker that is ready, before the run ends
@@ -93,7 +93,7 @@ class Dispatcher:
         self.transport, self.log = transport, log
         self.workers = [WorkerState(name) for name in names]
         self.seconds = 0.0  # of all runs
-        self._numbers = 0
+        self._numbers, self._send_seconds = 0, 0.0  # of all batches so far
         for i in range(len(names)):
             self._start(i)
 
@@ -136,31 +136,39 @@ class Dispatcher:
     def _hand_out(self, run: "_Run") -> None:
         """Give batches to whoever is free, then second ones to those that would be done before the others."""
         ready = {i: worker for i, worker in enumerate(self.workers) if worker.state == "ready"}
+        if not run.queue or not ready:
+            return
         fixed, slopes = paces({i: worker.paces.get(run.kind) for i, worker in ready.items()})
+        # What a batch costs beside its items: while the driver sends it, all others may have to wait.
+        overhead = fixed + len(ready) * self._send_seconds / max(1, self._numbers)
         backlogs = {i: self._backlog(run, worker, fixed, slopes[i]) for i, worker in ready.items()}
+        end = water_level(backlogs, slopes, run.left)
         for in_flight in range(IN_FLIGHT):
             for i, worker in ready.items():
-                if not run.queue or len(worker.batches) > in_flight:
-                    continue
-                room = water_level([(backlogs[i], slopes[i]) for i in ready], run.left) - backlogs[i]
-                if worker.batches and room <= fixed:
-                    continue
-                limit = min(filter(None, (worker.limit, run.limits.get(i))), default=len(run.items))
-                batch = run.take(run.share(room, fixed, slopes[i], len(ready)), limit)
-                backlogs[i] += fixed + slopes[i] * run.cost(batch)
-                self._numbers += 1
-                if not worker.batches:
-                    worker.since = self.transport.now()
-                worker.batches[self._numbers] = batch
-                run.batches.add(self._numbers)
-                self.transport.submit(i, self._numbers, run.call, [run.items[j] for j in batch])
+                room = end - backlogs[i]
+                if run.queue and len(worker.batches) <= in_flight and (room > fixed or not worker.batches):
+                    limit = min(filter(None, (worker.limit, run.limits.get(i))), default=len(run.items))
+                    batch = run.take(run.share(room, overhead, slopes[i], len(ready)), limit)
+                    self._send(run, i, batch)
+                    backlogs[i] += fixed + slopes[i] * run.cost(batch)
+                    end = water_level(backlogs, slopes, run.left)
+
+    def _send(self, run: "_Run", number: int, batch: list[int]) -> None:
+        worker, start = self.workers[number], self.transport.now()
+        if not worker.batches:
+            worker.since = start
+        self._numbers += 1
+        worker.batches[self._numbers] = batch
+        run.batches.add(self._numbers)
+        self.transport.submit(number, self._numbers, run.call, [run.items[j] for j in batch])
+        self._send_seconds += self.transport.now() - start
 
     def _backlog(self, run: "_Run", worker: WorkerState, fixed: float, slope: float) -> float:
         """Seconds until a worker has done its batches; those of a run that was interrupted are not counted."""
-        left = [fixed + slope * run.cost(batch) for number, batch in worker.batches.items() if number in run.batches]
-        if left:
-            left[0] = max(0.0, left[0] - (self.transport.now() - worker.since))
-        return sum(left)
+        seconds = [fixed + slope * run.cost(batch) for number, batch in worker.batches.items() if number in run.batches]
+        if seconds:
+            seconds[0] = max(0.0, seconds[0] - (self.transport.now() - worker.since))
+        return sum(seconds)
 
     def _handle_events(self, run: "_Run | None") -> None:
         for event in self.transport.wait(1.0):
@@ -238,10 +246,11 @@ class _Run:
     def __init__(
         self, call: Any, items: Sequence[Any], costs: Sequence[float], limits: Mapping[int, int], kind: str
     ):
-        self.call, self.items, self.costs, self.limits, self.kind = call, items, costs, limits, kind
+        self.call, self.items, self.limits, self.kind = call, items, limits, kind
+        self.costs = [max(cost, 1e-9) for cost in costs]  # nothing is free
         # The longest first: begun last, they would be waited for alone.
         self.queue = deque(sorted(range(len(items)), key=lambda i: -costs[i]))
-        self.left, self.total = sum(costs), sum(costs)  # cost of what is not handed out, and of all
+        self.left = self.total = sum(self.costs)  # cost of what is not handed out, and of all
         self.results: dict[int, Any] = {}
         self.batches: set[int] = set()  # numbers of all batches of this run
         self.tries = [0] * len(items)
@@ -251,10 +260,10 @@ class _Run:
     def cost(self, batch: Sequence[int]) -> float:
         return sum(self.costs[i] for i in batch)
 
-    def share(self, room: float, fixed: float, slope: float, workers: int) -> float:
+    def share(self, room: float, overhead: float, slope: float, workers: int) -> float:
         """Cost of a worker's next batch. room: seconds until all are done, beside what the worker has. One worker gets
         all; so does one that has little room."""
-        least = max(MIN_SHARE * self.total * slope / workers, MIN_FIXED * fixed)
+        least = max(MIN_SHARE * self.total * slope / workers, MIN_OVERHEAD * overhead)
         every = workers == 1 or room < 2 * least
         return (room if every else max(room / SHARES, least)) / slope
 
@@ -274,7 +283,7 @@ class _Run:
         """Keep results; returns how many are new. An item that has one keeps it."""
         new = [(i, result) for i, result in zip(batch, results, strict=True) if i not in self.results]
         self.results.update(new)
-        self.slowest = max(self.slowest, seconds / max(self.cost(batch), 1e-9))
+        self.slowest = max(self.slowest, seconds / self.cost(batch))
         return len(new)
 
     def put_back(self, batch: Sequence[int], charged: bool, reason: str) -> None:

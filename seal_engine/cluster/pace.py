@@ -1,6 +1,6 @@
 """How fast a worker is: a straight line through what its batches took, so many seconds each and so many per cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -39,14 +39,14 @@ def paces(known: Mapping[int, Pace | None]) -> tuple[float, dict[int, float]]:
     return fixed, {i: slopes.get(i, usual) for i in known}
 
 
-def water_level(backlogs: Sequence[tuple[float, float]], work: float) -> float:
-    """When all are done, if `work` goes to those that are done first. backlogs: (seconds until done, seconds per cost).
+def water_level(backlogs: Mapping[int, float], slopes: Mapping[int, float], work: float) -> float:
+    """Seconds until all workers are done, if `work` (a cost) goes to those that are done first. backlogs: seconds.
 
     Work poured into vessels as wide as workers are fast, each filled up to its backlog before, stands at this level.
     """
     width = 0.0
-    for seconds, slope in sorted(backlogs):
-        if width and seconds >= work / width:
+    for i in sorted(backlogs, key=backlogs.__getitem__):
+        if width and backlogs[i] >= work / width:
             break
-        width, work = width + 1 / slope, work + seconds / slope
+        width, work = width + 1 / slopes[i], work + backlogs[i] / slopes[i]
     return work / width

@@ -36,16 +36,16 @@ def test_a_wrong_line_makes_no_worker_infinitely_fast():
 
 
 @pytest.mark.parametrize(
-    ("backlogs", "work", "level"),
+    ("backlogs", "slopes", "work", "level"),
     [
-        ([(0, 1), (0, 1)], 10, 5),
-        ([(0, 1), (4, 1)], 10, 7),
-        ([(0, 1), (50, 1)], 10, 10),
-        ([(0, 1), (0, 0.5)], 9, 3),
-        ([(3, 1)], 0, 3),
+        ((0, 0), (1, 1), 10, 5),
+        ((0, 4), (1, 1), 10, 7),
+        ((0, 50), (1, 1), 10, 10),
+        ((0, 0), (1, 0.5), 9, 3),
+        ((3,), (1,), 0, 3),
     ],
     ids=["even", "one is busy", "one is busy for long", "one twice as fast", "no work"],
 )
-def test_water_level(backlogs, work, level):
+def test_water_level(backlogs, slopes, work, level):
     """By hand: with one worker twice as fast, 3 s give the slow one 3 and the fast one 6 of 9."""
-    assert water_level(backlogs, work) == pytest.approx(level)
+    assert water_level(dict(enumerate(backlogs)), dict(enumerate(slopes)), work) == pytest.approx(level)
