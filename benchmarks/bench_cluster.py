@@ -186,8 +186,9 @@ def test_simulated(benchmark, record):
                 # One batch each, all of one length, the last one sent after all others; or the longest trial.
                 least = max(per_batch + sum(seconds) / workers + workers * RECORDED["driver"][0], max(seconds))
                 record(
-                    what="simulated", trials_taken=kind, workers=workers, seconds=second, efficiency=one / workers / second,
-                    first_round=one / workers / first, attainable=one / workers / least,
+                    what="simulated", trials_taken=kind, workers=workers, seconds=second,
+                    efficiency=one / workers / second, first_round=one / workers / first,
+                    attainable=one / workers / least,
                 )  # fmt: skip
 
     benchmark.pedantic(measured, rounds=1, iterations=1)

@@ -541,13 +541,16 @@ def cluster_simulated() -> str:
     rows, _ = read("bench_cluster_cpu")
     lines = []
     for workers in sorted({row["workers"] for row in rows if row["what"] == "simulated"}):
-        cells = [str(workers)]
-        for kind in ("one by one", "in batches"):
-            row = pick(rows, what="simulated", workers=workers, trials_taken=kind)
-            cells += [f"{row['seconds']:.2f}", *(percent(row[name]) for name in ("efficiency", "attainable", "first_round"))]
-        lines.append(cells)
-    heads = "seconds", "efficiency (%)", "attainable (%)", "in the first round (%)"
-    return table(("workers", *(f"one by one: {heads[0]}", *heads[1:]), *(f"in batches: {heads[0]}", *heads[1:])), lines)
+        single, batches = (
+            pick(rows, what="simulated", workers=workers, trials_taken=kind) for kind in ("one by one", "in batches")
+        )
+        cells = [f"{single['seconds']:.2f}", *(percent(single[name]) for name in ("efficiency", "attainable"))]
+        cells += [f"{batches['seconds']:.2f}"]
+        cells += [percent(batches[name]) for name in ("efficiency", "attainable", "first_round")]
+        lines.append([str(workers), *cells])
+    heads = ("seconds", "efficiency (%)", "attainable (%)")
+    first, second = ((f"{kind}: {heads[0]}", *heads[1:]) for kind in ("one by one", "in batches"))
+    return table(("workers", *first, *second, "first round (%)"), lines)
 
 
 def tinker() -> str:

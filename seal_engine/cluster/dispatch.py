@@ -4,7 +4,6 @@ The scheduler knows neither Ray nor engines. A Transport carries batches to work
 has Ray's, simulation.py one in virtual time.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,8 +138,9 @@ class Dispatcher:
         if not run.queue or not ready:
             return
         fixed, slopes = paces({i: worker.paces.get(run.kind) for i, worker in ready.items()})
+        workers = sum(worker.state != "gone" for worker in self.workers)
         # What a batch costs beside its items: while the driver sends it, all others may have to wait.
-        overhead = fixed + len(ready) * self._send_seconds / max(1, self._numbers)
+        overhead = fixed + workers * self._send_seconds / max(1, self._numbers)
         backlogs = {i: self._backlog(run, worker, fixed, slopes[i]) for i, worker in ready.items()}
         end = water_level(backlogs, slopes, run.left)
         for in_flight in range(IN_FLIGHT):
@@ -148,7 +148,7 @@ class Dispatcher:
                 room = end - backlogs[i]
                 if run.queue and len(worker.batches) <= in_flight and (room > fixed or not worker.batches):
                     limit = min(filter(None, (worker.limit, run.limits.get(i))), default=len(run.items))
-                    batch = run.take(run.share(room, overhead, slopes[i], len(ready)), limit)
+                    batch = run.take(run.share(room, overhead, slopes[i], workers), limit)
                     self._send(run, i, batch)
                     backlogs[i] += fixed + slopes[i] * run.cost(batch)
                     end = water_level(backlogs, slopes, run.left)
@@ -205,8 +205,10 @@ class Dispatcher:
         if run is None or event.batch not in run.batches:  # of a run that was interrupted
             return
         if event.kind is Kind.DONE:
-            worker.items += run.finish(batch, event.value, taken)
+            run.results.update(zip(batch, event.value, strict=True))
+            run.slowest = max(run.slowest, taken / run.cost(batch))
             worker.paces.setdefault(run.kind, Pace()).add(run.cost(batch), event.seconds)
+            worker.items += len(batch)
             worker.batches_done += 1
             worker.busy_seconds += event.seconds
         elif event.kind is Kind.FAILED:
@@ -243,9 +245,7 @@ class Dispatcher:
 class _Run:
     """The items of one run: waiting, in flight, done."""
 
-    def __init__(
-        self, call: Any, items: Sequence[Any], costs: Sequence[float], limits: Mapping[int, int], kind: str
-    ):
+    def __init__(self, call: Any, items: Sequence[Any], costs: Sequence[float], limits: Mapping[int, int], kind: str):
         self.call, self.items, self.limits, self.kind = call, items, limits, kind
         self.costs = [max(cost, 1e-9) for cost in costs]  # nothing is free
         # The longest first: begun last, they would be waited for alone.
@@ -261,11 +261,13 @@ class _Run:
         return sum(self.costs[i] for i in batch)
 
     def share(self, room: float, overhead: float, slope: float, workers: int) -> float:
-        """Cost of a worker's next batch. room: seconds until all are done, beside what the worker has. One worker gets
-        all; so does one that has little room."""
+        """Cost of a worker's next batch, of all that it has room for if that is little or nobody else works.
+
+        room: seconds until all are done, after what the worker has. overhead: seconds of a batch beside its items.
+        """
         least = max(MIN_SHARE * self.total * slope / workers, MIN_OVERHEAD * overhead)
-        every = workers == 1 or room < 2 * least
-        return (room if every else max(room / SHARES, least)) / slope
+        seconds = room if workers == 1 or room < 2 * least else max(room / SHARES, least)
+        return seconds / slope
 
     def take(self, share: float, limit: int) -> list[int]:
         """The next batch: about `share`, at least one item, at most `limit` of them."""
@@ -278,13 +280,6 @@ class _Run:
             batch.append(self.queue.popleft())
         self.left -= self.cost(batch)
         return batch
-
-    def finish(self, batch: Sequence[int], results: Sequence[Any], seconds: float) -> int:
-        """Keep results; returns how many are new. An item that has one keeps it."""
-        new = [(i, result) for i, result in zip(batch, results, strict=True) if i not in self.results]
-        self.results.update(new)
-        self.slowest = max(self.slowest, seconds / self.cost(batch))
-        return len(new)
 
     def put_back(self, batch: Sequence[int], charged: bool, reason: str) -> None:
         """The items of a batch that failed are the next, in smaller batches if it may have been their fault (charged).

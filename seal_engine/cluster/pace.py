@@ -18,6 +18,7 @@ class Pace:
     xy: float = 0.0
 
     def add(self, cost: float, seconds: float) -> None:
+        """A batch is done. cost and seconds: above 0."""
         self.n, self.x, self.y = self.n + 1, self.x + cost, self.y + seconds
         self.xx, self.xy = self.xx + cost * cost, self.xy + cost * seconds
 

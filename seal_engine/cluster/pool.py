@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import count
+from itertools import chain, count
 from typing import Any, Self
 
 from seal_engine.cluster.dispatch import Dispatcher
@@ -149,11 +149,8 @@ class Pool(Engine):
         costs = [_group_cost(item, answer_params.max_tokens or 0) for item in items]
         jobs = [candidate.job for candidate, _ in candidates if candidate.job is not None]
         results = self._run("attempt", items, costs, "adapter", progress, jobs, answer_params=answer_params)
-        by_number = {
-            i: result
-            for group, own in zip(groups.values(), results, strict=True)
-            for i, result in zip(group, own, strict=True)
-        }
+        order, trials = chain.from_iterable(groups.values()), chain.from_iterable(results)
+        by_number = dict(zip(order, trials, strict=True))
         return [by_number[i] for i in range(len(candidates))]
 
     def merge(self, adapter: Adapter) -> None:

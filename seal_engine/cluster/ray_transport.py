@@ -93,8 +93,10 @@ def connect(address: str, workers: int, device: str) -> tuple[Placement, bool]:
 
 
 def disconnect() -> None:
-    """Leave Ray, and end it if this process started it. Ray would wait a second for its monitor, which lets SIGTERM pass."""
-    ray._private.worker._global_node.kill_monitor(check_alive=False)
+    """Leave Ray, and end it if this process started it."""
+    node: Any = ray._private.worker._global_node
+    if node is not None:
+        node.kill_monitor(check_alive=False)  # it does not end at SIGTERM, so that Ray would wait a second for it
     ray.shutdown()
 
 

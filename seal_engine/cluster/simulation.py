@@ -1,7 +1,7 @@
 """Workers that only take time, in virtual time: the dispatcher's code on clusters that are not here.
 
-A batch takes its worker as long as `batch_seconds` says. Sending a batch and reading its results takes the driver's time,
-one batch after another, which is all that is serial.
+A batch takes its worker as long as `batch_seconds` says. Sending batches and receiving their results takes the driver's
+time, one after another, which is all that is serial.
 """
 
 import heapq

@@ -38,8 +38,8 @@ def test_the_longest_items_are_begun_first():
 
 
 def test_batches_are_large_where_each_costs_much():
-    """768 items of 25 ms on 32 workers, and 46 ms for each batch: the first run measures that, and from the second one on
-    a worker has all its 24 items in one batch, 0.646 s, where two would take 0.692 s."""
+    """768 items of 25 ms on 32 workers, and 46 ms for each batch: the first run measures that, and from the second one
+    on a worker has all its 24 items in one batch, 0.646 s, where two would take 0.692 s."""
     transport = SimulatedTransport(lambda worker, items: 0.046 + 0.025 * len(items))
     pool, _ = dispatcher(transport, 32)
     times, batches = [], []

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from ray_processes import begin, descendants, kill_one, num_steps, snapshot, wait_for
 
 SMALL = ["--rounds=1", "--contexts=6", "--self-edits=3", "--held-out-contexts=6", "--passage-copies=0"]

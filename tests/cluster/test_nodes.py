@@ -1,4 +1,4 @@
-"""docs/scaling.md's commands on two Ray nodes of this machine, with a token: one is removed in the middle, one joins."""
+"""docs/scaling.md's commands on two Ray nodes of this machine, with a token: one node is removed, and one joins."""
 
 import os
 import secrets
@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 import pytest
+
 from ray_processes import begin, descendants, num_steps, snapshot, wait_for
 
 SMALL = ["--rounds=1", "--contexts=6", "--self-edits=3", "--held-out-contexts=6", "--passage-copies=0", "--seeds=0,1,2"]
@@ -32,9 +33,10 @@ def cluster(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {"AUTH_MODE": "token", "AUTH_TOKEN": secrets.token_hex(32), "ADDRESS": address, "USAGE_STATS_ENABLED": "0"}
-    for name, value in settings.items():
-        monkeypatch.setenv(f"RAY_{name}", value)
+    monkeypatch.setenv("RAY_ADDRESS", address)  # what "auto" is
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     begun = []
 
     def start(*arguments):
