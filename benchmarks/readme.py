@@ -537,7 +537,7 @@ def cluster_workers() -> str:
 
 
 def cluster_simulated() -> str:
-    """Efficiency of simulated workers."""
+    """Efficiency of simulated workers, and what bounds it where batches cost something by themselves."""
     rows, _ = read("bench_cluster_cpu")
     lines = []
     for workers in sorted({row["workers"] for row in rows if row["what"] == "simulated"}):
@@ -550,7 +550,32 @@ def cluster_simulated() -> str:
         lines.append([str(workers), *cells])
     heads = ("seconds", "efficiency (%)", "attainable (%)")
     first, second = ((f"{kind}: {heads[0]}", *heads[1:]) for kind in ("one by one", "in batches"))
-    return table(("workers", *first, *second, "first round (%)"), lines)
+    line, driver = pick(rows, what="line through batches"), pick(rows, what="the driver, per batch")
+    a, send = line["per_batch_seconds"], driver["send_ms"] / 1e3
+    work = pick(rows, what="simulated", workers=1, trials_taken="in batches")["seconds"] - a
+    used = lambda w: (a + work) / (w * a + work + w**2 * send)  # noqa: E731
+    most = max(w for w in range(1, 1000) if used(w) >= 0.9)
+    text = prose(
+        f"In batches, 32 workers have {work:.1f} s of work, {1e3 * work / 32:.0f} ms each, beside a = {1e3 * a:.0f} ms "
+        f"and W s = {32e3 * send:.0f} ms. So {percent(used(32))}% is attainable with one batch each, "
+        f"{percent((a + work) / (64 * a + work + 32**2 * send))}% with two; 90% is attainable up to {most} workers."
+    )
+    return table(("workers", *first, *second, "first round (%)"), lines) + text
+
+
+def cluster_kills() -> str:
+    """The demo whose workers and driver are killed."""
+    rows, machine = read("bench_kills_cpu")
+    one, killed = rows
+    assert killed["same_table"]
+    assert killed["same_ledger"]
+    text = prose(
+        f"The miniature's demo (3 seeds, {killed['steps']} recorded steps, {killed['trials']} trials, deterministic) "
+        f"on {killed['workers']} workers, with SIGKILL for a worker at {killed['worker_kills']} random moments and for "
+        f"the driver at {killed['driver_kills']}, has the table of a run on one worker, digit for digit, and the same "
+        f"ledger. It took {killed['seconds']:.0f} s, the run on one worker {one['seconds']:.0f} s, on two cores."
+    )
+    return text + source("bench_kills_cpu", machine)
 
 
 def tinker() -> str:
@@ -590,7 +615,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         ),
         "docs/quantization.md": (quantization,),
         "docs/serve.md": (serve, tinker),
-        "docs/scaling.md": (cluster_workers, cluster_simulated),
+        "docs/scaling.md": (cluster_kills, cluster_workers, cluster_simulated),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()
 }
