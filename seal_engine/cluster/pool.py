@@ -80,11 +80,10 @@ class Pool(Engine):
     @cached_property
     def _transport(self) -> Any:
         """Workers that start; see RayTransport."""
-        from seal_engine.cluster.ray_transport import RayTransport, connect, disconnect
+        from seal_engine.cluster.ray_transport import RayTransport, connect
 
-        placement, started = connect(self._address, self._wanted, self._device)
-        if started:
-            self._close.append(disconnect)
+        placement, leave = connect(self._address, self._wanted, self._device)
+        self._close.append(leave)
         pack = self.model.packed_bytes <= free_memory(self.model.device) // 4 // placement.workers
         device, deterministic = "cuda" if placement.gpus else "cpu", self.model.batch_invariant
         assert self.directory is not None
