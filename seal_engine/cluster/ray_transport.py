@@ -7,8 +7,9 @@ gives it to whoever is free, so Ray itself retries no batch. Nothing else import
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import current_thread, main_thread
@@ -17,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import ray
+import ray._private.services
 import ray._private.worker
 
 # After Ray, which has it with it.
@@ -35,6 +37,7 @@ from seal_engine.model.config import ModelConfig
 START_SECONDS = 120.0  # in which an actor may die while it starts, and is started again
 BEAT_SECONDS, SILENT_SECONDS = 10.0, 60.0  # between two questions whether a worker is alive; until it counts as dead
 MAX_STEP_SECONDS = 5.0  # between two readings of the clock, which is read about once per second
+CONNECT_SECONDS = 5.0  # in which something must answer at the address of a Ray
 CPU = torch.device("cpu")
 INHERITED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # environment variables that workers have as the driver does
 
@@ -101,7 +104,9 @@ def _join(address: str, workers: int, threads: int) -> Callable[[], None]:
         return [process for process in psutil.Process().children() if process not in others]
 
     try:
-        with _interrupts_wait():
+        if address:
+            _validate_address(address)
+        with nullcontext() if address else _interrupts_wait():
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except BaseException as error:  # an interrupt, or whatever went wrong: Ray raises bare Exceptions, too
         _leave(started())
@@ -112,9 +117,18 @@ def _join(address: str, workers: int, threads: int) -> Callable[[], None]:
     return partial(_leave, started())
 
 
+def _validate_address(address: str) -> None:
+    """OSError where nothing listens there: Ray itself would go on trying for two minutes, and not mind Ctrl-C."""
+    where = ray._private.services.canonicalize_bootstrap_address(address)
+    if where is None:
+        raise ConnectionError("none was started on this machine")
+    host, _, port = where.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+
+
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block: a driver that is interrupted while it connects to Ray crashes."""
+    """Ctrl-C takes effect at the end of the block: a driver crashes if its own Ray ends while it connects to it."""
     interrupts: list[int] = []
     main = current_thread() is main_thread()
     before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number)) if main else None

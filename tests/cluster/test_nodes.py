@@ -73,3 +73,12 @@ def test_a_node_is_removed_and_another_joins(tmp_path, cluster):
         there.kill()
     assert log.read_text().count("is lost, and is started again") == 1
     assert snapshot(tmp_path / "here") == snapshot(tmp_path / "there")
+
+
+def test_an_address_where_no_ray_is_fails_at_once(tmp_path):
+    """One line and exit status 2, where Ray would try for two minutes: nothing listens at port 1."""
+    with (tmp_path / "errors").open("w") as file:
+        run = begin(*RUN, f"--out={tmp_path / 'run'}", "--ray-address=127.0.0.1:1", stderr=file)
+        assert run.wait(60) == 2
+    (line,) = (tmp_path / "errors").read_text().splitlines()
+    assert "ray_address: found 127.0.0.1:1: [Errno 111] Connection refused; accepted: a Ray that runs" in line
