@@ -207,6 +207,8 @@ class Dispatcher:
         if event.kind is Kind.DONE:
             run.results.update(zip(batch, event.value, strict=True))
             run.slowest = max(run.slowest, taken / run.cost(batch))
+            if worker.batches_done == 1:
+                worker.paces.clear()  # its first batch warmed it up
             worker.paces.setdefault(run.kind, Pace()).add(run.cost(batch), event.seconds)
             worker.items += len(batch)
             worker.batches_done += 1

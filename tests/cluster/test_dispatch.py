@@ -53,15 +53,15 @@ def test_batches_are_large_where_each_costs_much():
 
 
 def test_a_slow_worker_gets_less_from_the_second_run_on():
-    """As above, with one worker of half the speed: 31.5 even shares of 24.4 items, which take 0.656 s, and the slow one
-    has the fixed part once more: 2 x 46 + 12 x 50 ms."""
+    """As above, with one worker of half the speed: 31.5 even shares of 24.4 items, which take 0.656 s. The slow one's
+    would be 12.2; it gets fewer, as the fixed part of others is taken for its own, and the rest counts by the item."""
     transport = SimulatedTransport(lambda worker, items: (0.046 + 0.025 * len(items)) * (2 if worker == 0 else 1))
     pool, _ = dispatcher(transport, 32)
     for _ in range(2):
         start, before = transport.now(), pool.workers[0].items
         pool.run(None, list(range(768)), [1.0] * 768)
     assert transport.now() - start < 0.72
-    assert 10 <= pool.workers[0].items - before <= 12
+    assert 9 <= pool.workers[0].items - before <= 12
 
 
 @pytest.mark.parametrize("seed", range(20))
