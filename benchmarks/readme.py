@@ -576,25 +576,53 @@ def cluster_workers() -> str:
         f"{real[0]['trials']} trials of the miniature on {real[0]['cores']} cores, workers of one thread each. A batch "
         f"of k trials takes one worker {1e3 * line['per_batch_seconds']:.0f} + {1e3 * line['per_trial_seconds']:.0f} k "
         f"ms, a trial by itself {1e3 * alone['seconds']:.0f} ms, the longest of 32 "
-        f"{1e3 * alone['longest_seconds']:.0f} ms; a batch takes the driver {driver['ms']:.2f} ms; an update of "
+        f"{1e3 * alone['longest_seconds']:.0f} ms; a batch takes the driver {driver['send_ms']:.2f} ms to send and "
+        f"{driver['receive_ms']:.2f} ms to receive; an update of "
         f"{update['mib']:.1f} MiB is sent and merged in {1e3 * update['seconds']:.0f} ms."
     )
     return table(heads, lines) + text + source("bench_cluster_cpu", machine)
 
 
 def cluster_simulated() -> str:
-    """Efficiency of simulated workers."""
+    """Efficiency of simulated workers, and what bounds it where batches cost something by themselves."""
     rows, _ = read("bench_cluster_cpu")
-    kinds = ("one by one", "in batches")
-    made = {(row["trials_taken"], row["workers"]): row for row in rows if row["what"] == "simulated"}
     lines = []
-    for workers in sorted({workers for _, workers in made}):
-        cells = [
-            (f"{made[kind, workers]['seconds']:.2f}", percent(made[kind, workers]["efficiency"])) for kind in kinds
-        ]
-        lines.append([str(workers), *(cell for pair in cells for cell in pair)])
-    heads = ("workers", "one by one: seconds", "efficiency (%)", "in batches: seconds", "efficiency (%)")
-    return table(heads, lines)
+    for workers in sorted({row["workers"] for row in rows if row["what"] == "simulated"}):
+        single, batches = (
+            pick(rows, what="simulated", workers=workers, trials_taken=kind) for kind in ("one by one", "in batches")
+        )
+        cells = [f"{single['seconds']:.2f}", *(percent(single[name]) for name in ("efficiency", "attainable"))]
+        cells += [f"{batches['seconds']:.2f}"]
+        cells += [percent(batches[name]) for name in ("efficiency", "attainable", "first_round")]
+        lines.append([str(workers), *cells])
+    heads = ("seconds", "efficiency (%)", "attainable (%)")
+    first, second = ((f"{kind}: {heads[0]}", *heads[1:]) for kind in ("one by one", "in batches"))
+    line, driver = pick(rows, what="line through batches"), pick(rows, what="the driver, per batch")
+    a, send = line["per_batch_seconds"], driver["send_ms"] / 1e3
+    work = pick(rows, what="simulated", workers=1, trials_taken="in batches")["seconds"] - a
+    used = lambda w: (a + work) / (w * a + work + w**2 * send)  # noqa: E731
+    most = max(w for w in range(1, 1000) if used(w) >= 0.9)
+    text = prose(
+        f"In batches, 32 workers have {work:.1f} s of work, {1e3 * work / 32:.0f} ms each, beside a = {1e3 * a:.0f} ms "
+        f"and W s = {32e3 * send:.0f} ms. So {percent(used(32))}% is attainable with one batch each, "
+        f"{percent((a + work) / (64 * a + work + 32**2 * send))}% with two; 90% is attainable up to {most} workers."
+    )
+    return table(("workers", *first, *second, "first round (%)"), lines) + text
+
+
+def cluster_kills() -> str:
+    """The demo whose workers and driver are killed."""
+    rows, machine = read("bench_kills_cpu")
+    one, killed = rows
+    assert killed["same_table"]
+    assert killed["same_ledger"]
+    text = prose(
+        f"The miniature's demo (3 seeds, {killed['steps']} recorded steps, {killed['trials']} trials, deterministic) "
+        f"on {killed['workers']} workers, with SIGKILL for a worker at {killed['worker_kills']} random moments and for "
+        f"the driver at {killed['driver_kills']}, has the table of a run on one worker, digit for digit, and the same "
+        f"ledger. It took {killed['seconds']:.0f} s, the run on one worker {one['seconds']:.0f} s, on two cores."
+    )
+    return text + source("bench_kills_cpu", machine)
 
 
 def tinker() -> str:
@@ -636,7 +664,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         ),
         "docs/quantization.md": (quantization,),
         "docs/serve.md": (serve, tinker),
-        "docs/scaling.md": (cluster_workers, cluster_simulated),
+        "docs/scaling.md": (cluster_kills, cluster_workers, cluster_simulated),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()
 }

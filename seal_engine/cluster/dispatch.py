@@ -4,18 +4,19 @@ The scheduler knows neither Ray nor engines. A Transport carries batches to work
 has Ray's, simulation.py one in virtual time.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from seal_engine.cluster.pace import Pace, paces, water_level
 from seal_engine.errors import RunError
 
 IN_FLIGHT = 2  # batches per worker: one runs, the next lies ready
-SHARES = 3  # a batch is an even share of what is left, divided by this: ever smaller, so that all end together
-MIN_SHARE = 1 / 8  # of a worker's even share of the whole, at least: small batches train less efficiently
+SHARES = 3  # a batch is a worker's share of what is left, divided by this: ever smaller, so that all end together,
+MIN_SHARE = 1 / 8  # but at least this part of an even share of the whole,
+MIN_OVERHEAD = 8  # and at least so many times what any batch takes however small it is
 TRIES = 3  # of an item alone: a batch that ends with its worker is halved until it is one, and this tried twice more
 HANG_SECONDS, HANG_FACTOR = 120.0, 20.0  # a batch hangs after both: this long, and so many times as long as others took
 START_SECONDS = 300.0  # without any worker that is ready, before the run ends
@@ -80,6 +81,7 @@ class WorkerState:
     batches_done: int = 0
     busy_seconds: float = 0.0
     restarts: int = 0
+    paces: dict[str, Pace] = field(default_factory=dict)  # by kind of run
 
 
 class Dispatcher:
@@ -90,7 +92,7 @@ class Dispatcher:
         self.transport, self.log = transport, log
         self.workers = [WorkerState(name) for name in names]
         self.seconds = 0.0  # of all runs
-        self._numbers = 0
+        self._numbers, self._send_seconds = 0, 0.0  # of all batches so far
         for i in range(len(names)):
             self._start(i)
 
@@ -106,14 +108,16 @@ class Dispatcher:
         costs: Sequence[float],
         limits: Mapping[int, int] | None = None,
         report: Callable[[int], None] = lambda done: None,
+        kind: str = "",
     ) -> list[Any]:
         """The result of every item, in order. call: what workers are to do with items, as the transport takes it.
 
         costs: how much work each item is, in any unit. limits: items in a batch at most, by worker. report: called
-        with the number of items that are done. RunError where an item alone ends three workers, or no worker is left.
+        with the number of items that are done. kind: runs of one kind have costs that take equally long. RunError where
+        an item alone ends three workers, or no worker is left.
         """
         start = self.transport.now()
-        run = _Run(call, items, costs, limits or {})
+        run = _Run(call, items, costs, limits or {}, kind)
         try:
             while len(run.results) < len(items):
                 self._hand_out(run)
@@ -129,20 +133,42 @@ class Dispatcher:
         self.transport.start(number)
 
     def _hand_out(self, run: "_Run") -> None:
-        """Give the next batches to whoever is free, and then to those that will be, while enough is left for all."""
-        ready = [i for i, worker in enumerate(self.workers) if worker.state == "ready"]
+        """Give batches to whoever is free, then second ones to those that would be done before the others."""
+        ready = {i: worker for i, worker in enumerate(self.workers) if worker.state == "ready"}
+        if not run.queue or not ready:
+            return
+        fixed, slopes = paces({i: worker.paces.get(run.kind) for i, worker in ready.items()})
+        workers = sum(worker.state != "gone" for worker in self.workers)
+        # What a batch costs beside its items: while the driver sends it, all others may have to wait.
+        overhead = fixed + workers * self._send_seconds / max(1, self._numbers)
+        backlogs = {i: self._backlog(run, worker, fixed, slopes[i]) for i, worker in ready.items()}
+        end = water_level(backlogs, slopes, run.left)
         for in_flight in range(IN_FLIGHT):
-            for i in ready:
-                worker = self.workers[i]
-                early = worker.batches and run.in_flight(worker) > run.left / len(ready)
-                if run.queue and len(worker.batches) <= in_flight and not early:
-                    batch = run.take(len(ready), min(filter(None, (worker.limit, run.limits.get(i))), default=None))
-                    self._numbers += 1
-                    if not worker.batches:
-                        worker.since = self.transport.now()
-                    worker.batches[self._numbers] = batch
-                    run.batches.add(self._numbers)
-                    self.transport.submit(i, self._numbers, run.call, [run.items[j] for j in batch])
+            for i, worker in ready.items():
+                room = end - backlogs[i]
+                if run.queue and len(worker.batches) <= in_flight and (room > fixed or not worker.batches):
+                    limit = min(filter(None, (worker.limit, run.limits.get(i))), default=len(run.items))
+                    batch = run.take(run.share(room, overhead, slopes[i], workers), limit)
+                    self._send(run, i, batch)
+                    backlogs[i] += fixed + slopes[i] * run.cost(batch)
+                    end = water_level(backlogs, slopes, run.left)
+
+    def _send(self, run: "_Run", number: int, batch: list[int]) -> None:
+        worker, start = self.workers[number], self.transport.now()
+        if not worker.batches:
+            worker.since = start
+        self._numbers += 1
+        worker.batches[self._numbers] = batch
+        run.batches.add(self._numbers)
+        self.transport.submit(number, self._numbers, run.call, [run.items[j] for j in batch])
+        self._send_seconds += self.transport.now() - start
+
+    def _backlog(self, run: "_Run", worker: WorkerState, fixed: float, slope: float) -> float:
+        """Seconds until a worker has done its batches; those of a run that was interrupted are not counted."""
+        seconds = [fixed + slope * run.cost(batch) for number, batch in worker.batches.items() if number in run.batches]
+        if seconds:
+            seconds[0] = max(0.0, seconds[0] - (self.transport.now() - worker.since))
+        return sum(seconds)
 
     def _handle_events(self, run: "_Run | None") -> None:
         for event in self.transport.wait(1.0):
@@ -179,7 +205,12 @@ class Dispatcher:
         if run is None or event.batch not in run.batches:  # of a run that was interrupted
             return
         if event.kind is Kind.DONE:
-            worker.items += run.finish(batch, event.value, taken)
+            run.results.update(zip(batch, event.value, strict=True))
+            run.slowest = max(run.slowest, taken / run.cost(batch))
+            if worker.batches_done == 1:
+                worker.paces.clear()  # its first batch warmed it up
+            worker.paces.setdefault(run.kind, Pace()).add(run.cost(batch), event.seconds)
+            worker.items += len(batch)
             worker.batches_done += 1
             worker.busy_seconds += event.seconds
         elif event.kind is Kind.FAILED:
@@ -216,11 +247,12 @@ class Dispatcher:
 class _Run:
     """The items of one run: waiting, in flight, done."""
 
-    def __init__(self, call: Any, items: Sequence[Any], costs: Sequence[float], limits: Mapping[int, int]):
-        self.call, self.items, self.costs, self.limits = call, items, costs, limits
+    def __init__(self, call: Any, items: Sequence[Any], costs: Sequence[float], limits: Mapping[int, int], kind: str):
+        self.call, self.items, self.limits, self.kind = call, items, limits, kind
+        self.costs = [max(cost, 1e-9) for cost in costs]  # nothing is free
         # The longest first: begun last, they would be waited for alone.
         self.queue = deque(sorted(range(len(items)), key=lambda i: -costs[i]))
-        self.left, self.total = sum(costs), sum(costs)  # cost of what is not handed out, and of all
+        self.left = self.total = sum(self.costs)  # cost of what is not handed out, and of all
         self.results: dict[int, Any] = {}
         self.batches: set[int] = set()  # numbers of all batches of this run
         self.tries = [0] * len(items)
@@ -230,29 +262,26 @@ class _Run:
     def cost(self, batch: Sequence[int]) -> float:
         return sum(self.costs[i] for i in batch)
 
-    def in_flight(self, worker: WorkerState) -> float:
-        """Cost of what a worker has; batches of a run that was interrupted are not counted."""
-        return sum(self.cost(batch) for number, batch in worker.batches.items() if number in self.batches)
+    def share(self, room: float, overhead: float, slope: float, workers: int) -> float:
+        """Cost of a worker's next batch, of all that it has room for if that is little or nobody else works.
 
-    def take(self, workers: int, limit: int | None) -> list[int]:
-        """The next batch: what is left evenly among workers, divided, and not too small; one worker gets all."""
-        share = max(self.left / (SHARES * workers), MIN_SHARE * self.total / workers) if workers > 1 else math.inf
-        batch, cost, most = [], 0.0, limit or len(self.items)
+        room: seconds until all are done, after what the worker has. overhead: seconds of a batch beside its items.
+        """
+        least = max(MIN_SHARE * self.total * slope / workers, MIN_OVERHEAD * overhead)
+        seconds = room if workers == 1 or room < 2 * least else max(room / SHARES, least)
+        return seconds / slope
+
+    def take(self, share: float, limit: int) -> list[int]:
+        """The next batch: about `share`, at least one item, at most `limit` of them."""
+        batch, cost = [], 0.0
         while self.queue:
-            most = min(most, self.together[self.queue[0]])
-            cost += self.costs[self.queue[0]]
-            if batch and (len(batch) >= most or cost > share):
+            item = self.queue[0]
+            limit, cost = min(limit, self.together[item]), cost + self.costs[item]
+            if batch and (len(batch) >= limit or cost - self.costs[item] / 2 > share):
                 break
             batch.append(self.queue.popleft())
         self.left -= self.cost(batch)
         return batch
-
-    def finish(self, batch: Sequence[int], results: Sequence[Any], seconds: float) -> int:
-        """Keep results; returns how many are new. An item that has one keeps it."""
-        new = [(i, result) for i, result in zip(batch, results, strict=True) if i not in self.results]
-        self.results.update(new)
-        self.slowest = max(self.slowest, seconds / max(self.cost(batch), 1e-9))
-        return len(new)
 
     def put_back(self, batch: Sequence[int], charged: bool, reason: str) -> None:
         """The items of a batch that failed are the next, in smaller batches if it may have been their fault (charged).

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import count
+from itertools import chain, count
 from typing import Any, Self
 
 from seal_engine.cluster.dispatch import Dispatcher
@@ -80,13 +80,10 @@ class Pool(Engine):
     @cached_property
     def _transport(self) -> Any:
         """Workers that start; see RayTransport."""
-        import ray
-
         from seal_engine.cluster.ray_transport import RayTransport, connect
 
-        placement, started = connect(self._address, self._wanted, self._device)
-        if started:
-            self._close.append(ray.shutdown)
+        placement, leave = connect(self._address, self._wanted, self._device)
+        self._close.append(leave)
         pack = self.model.packed_bytes <= free_memory(self.model.device) // 4 // placement.workers
         device, deterministic = "cuda" if placement.gpus else "cpu", self.model.batch_invariant
         assert self.directory is not None
@@ -151,11 +148,8 @@ class Pool(Engine):
         costs = [_group_cost(item, answer_params.max_tokens or 0) for item in items]
         jobs = [candidate.job for candidate, _ in candidates if candidate.job is not None]
         results = self._run("attempt", items, costs, "adapter", progress, jobs, answer_params=answer_params)
-        by_number = {
-            i: result
-            for group, own in zip(groups.values(), results, strict=True)
-            for i, result in zip(group, own, strict=True)
-        }
+        order, trials = chain.from_iterable(groups.values()), chain.from_iterable(results)
+        by_number = dict(zip(order, trials, strict=True))
         return [by_number[i] for i in range(len(candidates))]
 
     def merge(self, adapter: Adapter) -> None:
@@ -198,7 +192,8 @@ class Pool(Engine):
             return []
         dispatcher, call = self._dispatcher, Call(verb, self._policy, options)
         with reporting(len(items), unit, f"{len(dispatcher.workers)} workers", progress) as report:
-            return dispatcher.run(call, items, costs, self._limits(jobs), report)
+            kind = f"{verb} with training" if jobs else verb
+            return dispatcher.run(call, items, costs, self._limits(jobs), report, kind)
 
     def _limits(self, jobs: Sequence[TrainJob]) -> dict[int, int]:
         """How many adapters each worker's memory holds at once, by `plan`: the most jobs in one batch."""

@@ -1,18 +1,28 @@
 """Workers as Ray actors: where they are, how batches reach them, and how one that is dead or silent is noticed.
 
 Ray restarts an actor whenever its process or its machine dies; what it was doing comes back to the dispatcher, which
-gives it to whoever is free, so Ray itself retries no batch. Beside Pool.close, nothing else imports Ray.
+gives it to whoever is free, so Ray itself retries no batch. Nothing else imports Ray.
 """
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from threading import current_thread, main_thread
 from time import perf_counter, sleep
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import ray
+import ray._private.services
 import ray._private.worker
+
+# After Ray, which has it with it.
+import psutil  # pyright: ignore[reportMissingImports]  # isort: skip
 import torch
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
@@ -27,6 +37,7 @@ from seal_engine.model.config import ModelConfig
 START_SECONDS = 120.0  # in which an actor may die while it starts, and is started again
 BEAT_SECONDS, SILENT_SECONDS = 10.0, 60.0  # between two questions whether a worker is alive; until it counts as dead
 MAX_STEP_SECONDS = 5.0  # between two readings of the clock, which is read about once per second
+CONNECT_SECONDS = 5.0  # in which something must answer at the address of a Ray
 CPU = torch.device("cpu")
 INHERITED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # environment variables that workers have as the driver does
 
@@ -56,26 +67,14 @@ class _Actor(Worker):
         super().__init__(config, fetch=ray.get)
 
 
-def connect(address: str, workers: int, device: str) -> tuple[Placement, bool]:
-    """Join the Ray at `address`, or start one for this process: where workers go, and whether it was started.
+def connect(address: str, workers: int, device: str) -> tuple[Placement, Callable[[], None]]:
+    """Join the Ray at `address`, or start one for this process: where workers go, and what leaves that Ray again.
 
     A Ray that this process has joined already is used as it is. workers 0: one for each GPU or, without any, for each
     machine. InputError where Ray cannot be reached or has no room for so many.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    started = not ray.is_initialized()
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     threads = int(os.environ.get("OMP_NUM_THREADS", 0))
-    if started:
-        # Ray repeats deaths on stdout, where a command's last line may be JSON; the dispatcher names them itself.
-        ray._private.worker.print_to_stdstream = lambda *_, **__: None
-        local = threads or max(1, len(os.sched_getaffinity(0)) // max(1, workers))
-        here = {"address": "local", "num_cpus": max(1, workers) * local, "include_dashboard": False}
-        try:
-            ray.init(**({"address": address} if address else here | {"_node_ip_address": "127.0.0.1"}), **quiet)
-        except Exception as error:  # Ray raises whatever went wrong, bare Exceptions, too
-            reason = f"{error}" if address else f"it did not start: {error}"
-            raise InputError(f"ray_address: found {address or 'none'}: {reason}; accepted: a Ray that runs") from None
+    leave = (lambda: None) if ray.is_initialized() else _join(address, max(1, workers), threads)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if device != "cpu" else 0
     workers = workers or gpus or len(nodes)
@@ -85,11 +84,76 @@ def connect(address: str, workers: int, device: str) -> tuple[Placement, bool]:
     placement = Placement(workers, min(gpus, 1), max(1, threads))
     room = gpus if gpus else sum(count // placement.threads for count in cpus)
     if workers > room:
+        leave()
         what = "one GPU each" if gpus else f"{placement.threads} CPUs each (OMP_NUM_THREADS sets that)"
-        if started:
-            ray.shutdown()
         raise InputError(f"workers: found {workers}; accepted: at most {room} in this Ray, with {what}")
-    return placement, started
+    return placement, leave
+
+
+def _join(address: str, workers: int, threads: int) -> Callable[[], None]:
+    """Join the Ray at `address`, or start one with CPUs for so many workers. Returns what leaves it again."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray repeats deaths on stdout, where a command's last line may be JSON; the dispatcher names them itself.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    cpus = workers * (threads or max(1, len(os.sched_getaffinity(0)) // workers))
+    here = {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    where: dict[str, Any] = {"address": address} if address else here
+    others = psutil.Process().children()
+
+    def started() -> list[Any]:
+        return [process for process in psutil.Process().children() if process not in others]
+
+    try:
+        if address:
+            _validate_address(address)
+        with nullcontext() if address else _interrupts_wait():
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except BaseException as error:  # an interrupt, or whatever went wrong: Ray raises bare Exceptions, too
+        _leave(started())
+        if not isinstance(error, Exception):
+            raise
+        reason = f"{error}" if address else f"it did not start: {error}"
+        raise InputError(f"ray_address: found {address or 'none'}: {reason}; accepted: a Ray that runs") from None
+    return partial(_leave, started())
+
+
+def _validate_address(address: str) -> None:
+    """OSError where nothing listens there: Ray itself would go on trying for two minutes, and not mind Ctrl-C."""
+    where = ray._private.services.canonicalize_bootstrap_address(address)
+    if where is None:
+        raise ConnectionError("none was started on this machine")
+    host, _, port = where.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: a driver crashes if its own Ray ends while it connects to it."""
+    interrupts: list[int] = []
+    main = current_thread() is main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number)) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
+def _leave(started: Sequence[Any]) -> None:
+    """Leave Ray, and end the processes that were started for it with all below them."""
+    family = []
+    for process in started:
+        with suppress(psutil.Error):
+            family += [*process.children(recursive=True), process]
+    node: Any = ray._private.worker._global_node
+    if node is not None:
+        node.kill_monitor(check_alive=False)  # it does not end at SIGTERM, so that Ray would wait a second for it
+    ray.shutdown()
+    for process in family:  # a raylet that does not end in time leaves agents behind, which would stay for a minute
+        with suppress(psutil.Error):
+            process.kill()
 
 
 class RayTransport:

@@ -1,7 +1,7 @@
 """Workers that only take time, in virtual time: the dispatcher's code on clusters that are not here.
 
-A batch takes its worker as long as `batch_seconds` says. Handing out a batch and reading its results takes the driver
-`driver_seconds`, one batch after another, which is all that is serial.
+A batch takes its worker as long as `batch_seconds` says. Sending batches and receiving their results takes the driver's
+time, one after another, which is all that is serial.
 """
 
 import heapq
@@ -17,13 +17,15 @@ class SimulatedTransport:
     def __init__(
         self,
         batch_seconds: Callable[[int, Sequence[Any]], float],
-        driver_seconds: float = 0.0,
+        send_seconds: float = 0.0,
+        receive_seconds: float = 0.0,
         start_seconds: float = 0.0,
         deaths: Mapping[int, Sequence[float]] | None = None,
     ):
         """batch_seconds: of a worker and its items; infinite: the batch hangs. start_seconds: of a worker that starts.
         deaths: times at which a worker dies, in order."""
-        self.batch_seconds, self.driver_seconds, self.start_seconds = batch_seconds, driver_seconds, start_seconds
+        self.batch_seconds, self.start_seconds = batch_seconds, start_seconds
+        self.send_seconds, self.receive_seconds = send_seconds, receive_seconds
         self._clock = 0.0
         self._free: dict[int, float] = {}  # worker -> when it has done what it has
         self._due: list[tuple[float, int, Event]] = []  # a heap by time; the number keeps the order of equal times
@@ -42,7 +44,7 @@ class SimulatedTransport:
         self._add(self._free[worker], Event(Kind.READY, worker, None, f"worker {worker}"))
 
     def submit(self, worker: int, batch: int, call: Any, items: Sequence[Any]) -> None:
-        self._clock += self.driver_seconds
+        self._clock += self.send_seconds
         seconds = self.batch_seconds(worker, items)
         self._free[worker] = max(self._free[worker], self._clock) + seconds
         self._running[batch] = worker
@@ -68,6 +70,7 @@ class SimulatedTransport:
             return []
         if event.batch is not None:
             self._running.pop(event.batch, None)
+            self._clock += self.receive_seconds
         return [event]
 
     def _add(self, time: float, event: Event) -> None:
