@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from readme import RESULTS, SEEDS, pick, read
 from seal_engine.domains.few_shot.puzzle_picture import draw, read_puzzles
 from seal_engine.report import plots
 from seal_engine.report.continual_plots import ages, costs, matrices
 from seal_engine.report.line_chart import line_chart
 from seal_engine.svg import WIDE, axis_step, bar, line, picture, standalone, words
+from tables import RESULTS, SEEDS, pick, read
 
 PARTS = {"sampling": "f-sky", "training": "f-blue", "asking": "f-gold", "updating": "f-grey"}
 WRITTEN = re.compile(r"self-edits, (?:before any round|after round (\d+))")

@@ -4,60 +4,23 @@ A block between `<!-- NAME -->` and `<!-- end -->` is the text of the function N
 measured figures. A test holds both.
 """
 
-import json
 import re
 import sys
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+from readme_forgetting import (
+    forgetting,
+    forgetting_by_age,
+    forgetting_long,
+    forgetting_routing,
+    forgetting_short,
+    forgetting_system,
+)
+from readme_gpu import forecast_round, h100_graphs, h100_kernels, h100_round, h100_scaling
+from tables import DETAILS, ROOT, SEEDS, Row, percent, pick, prose, rate, read, source, table
+
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9_]+) -->\n(?P<text>.*?)<!-- end -->\n", re.DOTALL)
-DETAILS = "[docs/benchmarks.md](docs/benchmarks.md)"
-SEEDS = {2: "two", 3: "three"}
-Row = Mapping[str, Any]
-
-
-def read(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A benchmark's rows, and the machine that they were measured on."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())
-    return found["rows"], found["machine"]
-
-
-def pick(rows: Sequence[Row], **wanted: Any) -> Row:
-    """The only row with these columns."""
-    (row,) = (row for row in rows if all(row.get(name) == value for name, value in wanted.items()))
-    return row
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, ["---"] * len(heads), *lines))
-
-
-def source(name: str, machine: Mapping[str, Any], more: str = "") -> str:
-    """Where figures are recorded, what recorded them, and on what."""
-    bench = name.removesuffix("_cpu").removesuffix("_cuda").removesuffix("_cpu_amx")
-    command = f".venv/bin/python -m pytest -p no:warnings benchmarks/{bench}.py{more} --record benchmarks/results"
-    where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
-    return prose(f"Recorded in `benchmarks/results/{name}.json` ({where}) by") + f"\n```\n{command}\n```\n"
-
-
-def prose(text: str) -> str:
-    """A paragraph after what is before it."""
-    return f"\n{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n"
-
-
-def percent(value: float) -> str:
-    """Of 1, to a tenth."""
-    return f"{100 * value:.1f}"
-
-
-def rate(value: float) -> str:
-    """Tokens a second, to three figures or more."""
-    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def demo(name: str, task: str, last: str) -> str:
@@ -263,118 +226,6 @@ def seal_round() -> str:
     return table(heads, lines) + source("bench_seal_round_cpu", machine)
 
 
-def h100_round() -> str:
-    """Ten passages of the published round on a GPU, by part, beside what had been forecast for them."""
-    rows, machine = read("bench_seal_round_cuda")
-    forecast = json.loads((RESULTS / "forecast_ten_passages_h100.json").read_text())["seconds"]
-    lines = []
-    for part in ("sampling", "training", "asking", "updating", "round"):
-        of_part = {row["who"]: row for row in rows if row["part"] == part}
-        ours, floor = of_part["seal_engine"], of_part["floor"]
-        faster = [of_part.get(who) for who in ("peft, one at a time", "peft, padded to 2048")]
-        cells = [
-            part, f"{ours['seconds']:.3g} s", f"{forecast[part]:.3g} s", f"{floor['seconds']:.3g} s",
-            f"{ours['percent_of_floor']:.0f}%" + (f" ({floor['limit']})" if "limit" in floor else ""),
-            *("" if row is None else f"{row['seal_engine_times_faster']:.1f}" for row in faster),
-        ]  # fmt: skip
-        lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
-    heads = ("part", "seal_engine", "forecast before", "floor", "share of its floor", "times faster than PEFT",
-             "than PEFT, padded")  # fmt: skip
-    whole = pick(rows, part="round", who="floor")
-    rates = (
-        f"{whole['matrix_tflops']:.0f} TFLOP/s and {whole['copy_gb_per_s']:,.0f} GB/s were measured in the same run."
-    )
-    return table(heads, lines) + prose(rates) + source("bench_seal_round_cuda", machine, " --passages 10")
-
-
-def h100_scaling() -> str:
-    """Throughput with many adapters on a GPU, of one adapter's."""
-    rows, machine = read("bench_scaling_cuda")
-    counts, lines = (8, 64, 128, 256, 512), []
-    for rank, projections in dict.fromkeys((row["rank"], row["projections"]) for row in rows):
-        own = [row for row in rows if (row["rank"], row["projections"]) == (rank, projections)]
-        found = {row["adapters"]: row["of_one_adapter"] for row in own}
-        cells = [f"{found[count]:.2f}" if count in found else "" for count in counts]
-        lines.append([f"rank {rank}, q and v", f"{rate(own[0]['tokens_per_s'])}", *cells])
-    heads = ("adapters", "tokens/s of one", *map(str, counts))
-    return table(heads, lines) + source("bench_scaling_cuda", machine)
-
-
-def h100_graphs() -> str:
-    """Small training passes on a GPU, launched kernel by kernel and as graphs."""
-    rows, machine = read("bench_pass_graph_cuda")
-    lines = []
-    for graphs in (row for row in rows if row["who"] == "graphs"):
-        same = {name: graphs[name] for name in ("shape", "tokens_a_pass")}
-        launched = pick(rows, **same, who="launched")
-        cells = (f"{row['ms_a_pass']:.1f} ms" for row in (launched, graphs))
-        lines.append([f"{graphs['shape']}, {graphs['tokens_a_pass']} tokens", *cells, f"{graphs['times_faster']:.1f}"])
-    heads = ("base, tokens a pass", "launched", "as graphs, captures included", "times faster")
-    return table(heads, lines) + source("bench_pass_graph_cuda", machine)
-
-
-def h100_kernels() -> str:
-    """Each kernel on a GPU beside its floor and beside torch."""
-    lines = []
-    for name in ("attention", "paged_attention", "cross_entropy", "sampling", "rms_norm", "swiglu", "rotary"):
-        rows, machine = read(f"bench_{name}_cuda")
-        for ours in (row for row in rows if row["who"] == "seal_kernels"):
-            torch = pick(rows, case=ours["case"], who="torch")
-            floor = f"{ours['percent_of_floor']:.0f}% ({ours['limit']})"
-            faster = f"{torch['us'] / ours['us']:.1f}"
-            lines.append([f"{name}: {ours['case']}", f"{ours['us']:,.0f} us", floor, faster])
-    rows, machine = read("bench_lora_cuda")
-    for ours in (row for row in rows if row["who"] == "low-rank" and row["rank"] == 32):
-        whole, loop = (
-            pick(rows, **{name: ours[name] for name in ("case", "adapters", "rank")}, who=who)
-            for who in ("whole", "loop")
-        )
-        what = f"lora, {ours['adapters']} adapters: {ours['case']}, with the frozen product, forward and backward"
-        floor = f"{whole['percent_of_floor']:.0f}% ({whole['limit']})"
-        lines.append([what, f"{whole['us']:,.0f} us", floor, f"{loop['us'] / whole['us']:.1f}"])
-    heads = (
-        "kernel and case",
-        "seal_kernels",
-        "share of its floor",
-        "times faster than torch, or than a loop in torch",
-    )
-    where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
-    command = "\n```\nbash benchmarks/gpu.sh benchmarks/results kernels\n```\n"
-    return table(heads, lines) + prose(f"Recorded in `benchmarks/results/bench_*_cuda.json` ({where}) by") + command
-
-
-def forecast_round() -> str:
-    """The forecast of a published round on two GPUs."""
-    records = [json.loads((RESULTS / f"forecast_round_{gpu}.json").read_text()) for gpu in ("h100", "h200")]
-    rows = [{(row["part"], row["what"]): row for row in record["rows"]} for record in records]
-    lines = []
-    for key in dict.fromkeys(key for of_gpu in rows for key in of_gpu):
-        part, what = key
-        cells = [part if not what else "", what]
-        for of_gpu in rows:
-            row = of_gpu.get(key, {"seconds": 0.0, "floor_seconds": 0.0, "limit": ""})
-            share = f"{100 * row['seconds'] / of_gpu['round', '']['seconds']:.0f}%"
-            floor = f"{row['floor_seconds']:.2f} s" if row["floor_seconds"] else ""  # else nothing counts for it
-            cells += [f"{row['seconds']:.1f} s, {share}", floor, row["limit"]]
-        lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
-    heads = ["part", "", "H100, share", "floor", "limited by", "H200, share", "floor", "limited by"]
-    again = {"none": "nothing", "mlp": "the MLPs", "layer": "the layers"}
-    texts = [
-        f"On an {gpu} the Trainer recomputes {again[record['recompute']]} and has at most "
-        f"{record['adapters_resident']} adapters in training ({record['adapters_planned']} fit by the plan), "
-        f"{record['adapters_offloaded']} move to host memory and back; {record['kv_blocks']:,} blocks of K/V fit."
-        for gpu, record in zip(("H100", "H200"), records, strict=True)
-    ]
-    made = f"`benchmarks/results/forecast_round_*.json` ({records[0]['date']}, commit {records[0]['commit']})"
-    passes = f"{records[0]['training_passes']} training passes and {records[0]['sampling_steps']:,} sampling steps."
-    return (
-        table(heads, lines)
-        + prose(" ".join([passes, *texts]))
-        + prose(f"Recorded in {made} by")
-        + "\n```\n.venv/bin/python benchmarks/forecast_round.py\n```\n"
-    )
-
-
 def few_shot() -> str:
     """The inner loops of the few-shot task beside PEFT."""
     rows, machine = read("bench_few_shot_cpu")
@@ -450,110 +301,6 @@ def serve() -> str:
          f"{memory['before_MiB']:.0f} and {memory['after_MiB']:.0f} MiB: {memory['percent_more']:.1f}% more"]
     )  # fmt: skip
     return table(("what", "measured"), lines) + source("bench_serve_cpu", machine)
-
-
-def forgetting() -> str:
-    """What every method keeps, with self-edits that the policy writes, which no edit touches."""
-    return _forgetting("policy")
-
-
-def forgetting_short() -> str:
-    """What three ways to keep edits keep."""
-    rows, _ = read("bench_continual_cpu")
-    learned, kept = (
-        [f"{100 * pick(rows, case='policy', method=method)[name]:.0f}" for method in ("merge", "consolidate", "bank")]
-        for name in ("learned", "kept")
-    )
-    return prose(
-        f"Merged one after another, edits destroy each other (`demo continual`): {learned[0]}% just after each, "
-        f"{kept[0]}% after all eight. Where updates spare what is known {kept[1]} of {learned[1]} stay, in a bank of "
-        f"adapters {kept[2]} of {learned[2]} ([13 methods](docs/forgetting.md)):"
-    )
-
-
-def forgetting_system() -> str:
-    """The same with self-edits that the current system writes, as published."""
-    return _forgetting("system")
-
-
-def _forgetting(case: str) -> str:
-    rows, _ = read("bench_continual_cpu")
-    own = [row for row in rows if row["case"] == case]
-    merge, lines = pick(own, method="merge"), []
-    for row in own[:-1]:
-        probes = [
-            percent(row[name]) if row.get(name) is not None else "" for name in ("reading", "knowledge", "writing")
-        ]
-        if row["method"] == "untrained":
-            lines.append(["untrained", "", percent(row["kept"]), "", "", *probes, "", ""])
-            continue
-        scores = [percent(row[name]) for name in ("learned", "kept")]
-        over = [_interval(row, "over_merge"), _interval(row, "over_joint")]
-        cost = f"{row['tokens'] / merge['tokens']:.2f}"
-        lines.append([row["method"], *scores, *over, *probes, f"{row['kl']:.3f}", cost])
-    heads = ("method", "learned", "kept", "over merge", "over joint", "reading", "knew", "writing", "KL", "tokens")
-    return table(heads, lines)
-
-
-def _interval(row: Row, name: str) -> str:
-    if name not in row:
-        return ""
-    mean, low, high = (100 * row[key] for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def forgetting_routing() -> str:
-    """Where the bank's questions go, and what the run took."""
-    rows, machine = read("bench_continual_cpu")
-    bank = pick(rows, case="policy", method="bank")
-    kinds = {"with the title": "routed", "with its first word alone": "routed by first word",
-             "without the title": "routed without title", "of no edit, to none": "routed to none"}  # fmt: skip
-    lines = [[kind, percent(bank[name])] for kind, name in kinds.items()]
-    return table(("questions", "routed rightly (%)"), lines) + source("bench_continual_cpu", machine)
-
-
-def forgetting_by_age() -> str:
-    """Gain over the untrained model by edits since, beside the paper's."""
-    rows, _ = read("bench_continual_cpu")
-    paper = [10.7, 5.2, -2.6, -6.6, -6.9, -10.0, -12.4, -14.2]
-    lines = [["merge in the paper (Qwen2.5-7B, SQuAD)", *(f"{gain:+.1f}" for gain in paper)]]
-    for case, method in (("system", "merge"), ("policy", "merge"), ("policy", "null-space"), ("policy", "consolidate"),
-                         ("policy", "bank")):  # fmt: skip
-        ages = pick(rows, case=case, method=method)["ages"]
-        lines.append([f"{method} here, self-edits by the {case}", *(f"{100 * gain:+.1f}" for gain in ages)])
-    matrix = (
-        "In the paper's matrix accuracy is 41.5 just after an edit, 30.7 before any, and after all eight, by passage, "
-        "18.9 21.9 16.4 23.7 22.1 27.5 33.5 34.0: 24.7 on average."
-    )
-    return table(("edits since", *map(str, range(8))), lines) + prose(matrix)
-
-
-def forgetting_long() -> str:
-    """Sequences of 32 passages, and all sequences at once beside one after another."""
-    rows, _ = read("bench_continual_cpu")
-    long = [row for row in rows if row["case"] == "long"]
-    lines = []
-    for row in long[:-1]:
-        if row["method"] == "untrained":
-            continue
-        ages = [f"{100 * row['ages'][age]:+.1f}" for age in (0, 8, 16, 31)]
-        probes = [percent(row[name]) for name in ("reading", "knowledge")]
-        lines.append([row["method"], percent(row["learned"]), percent(row["kept"]), *ages, *probes])
-    heads = ("method", "learned", "kept", "gain at age 0", "8", "16", "31", "reading", "knew")
-    speed = [row for row in rows if row["case"] == "side by side"]
-    text = ""
-    for row in speed:
-        text = prose(
-            f"All at once: {row['sequences']} sequences of {row['passages']} passages with four methods, "
-            f"{row['adapters_at_once']} adapters trained at once, took {row['seconds']:.0f} s in one process, and "
-            f"{row['seconds_one_at_a_time']:.0f} s one sequence after another: {row['times_faster']:.1f} times as fast."
-        )
-    bank = pick(long, method="bank")
-    routed = prose(
-        f"With 32 edits {percent(bank['routed'])}% of the bank's questions reach their edit, and "
-        f"{percent(bank['routed to none'])}% of those of no edit reach none."
-    )
-    return table(heads, lines) + routed + text
 
 
 def cluster_workers() -> str:
