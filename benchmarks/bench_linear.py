@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import measure
-from seal_kernels.linear import frozen_linear, multiplies_bfloat16
+from seal_kernels.linear import frozen_linear
+from seal_kernels.packed import multiplies_bfloat16
 
 
 @pytest.mark.skipif(measure.DEVICE.type == "cuda", reason="on a GPU the product is the vendor's alone")

@@ -44,7 +44,7 @@ from bench_train import PADDED, QV, SEVEN, Batch, OneAtATime, alone, close_to, l
 from seal_engine import Adapter, Engine, LoraConfig, SamplingParams, TrainJob, TrainSequence
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.config import ModelConfig
-from seal_kernels.linear import multiplies_bfloat16
+from seal_kernels.packed import multiplies_bfloat16
 from seal_round import EPOCHS, REPEATS, Lengths, read_trace, typical
 from shapes import random_model
 

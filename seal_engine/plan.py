@@ -11,7 +11,7 @@ from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
 from seal_engine.model.config import ModelConfig
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
 from seal_kernels.cross_entropy import CHUNK_BYTES, CPU_CHUNK_BYTES
-from seal_kernels.packed import MIN_ELEMENTS
+from seal_kernels.packed import MIN_ELEMENTS, packs
 from seal_kernels.quantized_linear import WeightFormat
 
 RECOMPUTE = ("none", "mlp", "layer")
@@ -75,7 +75,7 @@ def packed_weight_bytes(
     layer = [D * (config.query_size + 2 * config.key_value_size), D * config.query_size, 2 * D * F, D * F]
     matrices = [*(layer * config.num_hidden_layers if quantization is None else []), D * config.vocab_size]
     total = sum(size for size in matrices if size >= MIN_ELEMENTS) * dtype.itemsize
-    return total if dtype in (torch.bfloat16, torch.float32) and total <= free_bytes // 4 else 0
+    return total if packs(dtype) and total <= free_bytes // 4 else 0
 
 
 def weights_bytes(config: ModelConfig, dtype: torch.dtype, quantization: WeightFormat | None) -> int:

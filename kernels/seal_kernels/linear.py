@@ -15,14 +15,13 @@ then depend on that row alone (checked on a CPU for many sizes and places in the
 """
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import apply
-from seal_kernels.packed import packed_product, prefers_packed
+from seal_kernels.packed import multiplies_bfloat16, packed_product, prefers_packed
 
 if TYPE_CHECKING:
     from seal_kernels.quantized_linear import QuantizedWeight
@@ -38,12 +37,6 @@ SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: small enough to stay in the last-l
 def frozen_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The equation in x's dtype."""
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-@lru_cache
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has matrix instructions for bfloat16."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _native(x: Tensor, weight: Tensor) -> bool:

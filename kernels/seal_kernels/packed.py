@@ -34,11 +34,22 @@ def _multiplies_float32_faster() -> bool:
         return False
 
 
+@lru_cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has matrix instructions for bfloat16."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether packing serves matrices of this dtype on this CPU; where it only widens bfloat16, not that."""
+    return is_available() and (dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16()))
+
+
 def can_pack(weight: object) -> bool:
     """Whether packing serves this matrix at all: a large tensor of floats on a CPU."""
     if not isinstance(weight, Tensor):
         return False
-    fits = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32) and is_available()
+    fits = weight.device.type == "cpu" and packs(weight.dtype)
     return fits and weight.dim() == 2 and weight.numel() >= MIN_ELEMENTS and weight.is_contiguous()
 
 

@@ -23,9 +23,9 @@ from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
 from seal_kernels.contiguous_attention import contiguous_attention
 from seal_kernels.cross_entropy import soft_target_logprobs, token_logprobs
-from seal_kernels.linear import INVARIANT_ROWS, FrozenWeight, frozen_linear, multiplies_bfloat16
+from seal_kernels.linear import INVARIANT_ROWS, FrozenWeight, frozen_linear
 from seal_kernels.lora import lora_linear
-from seal_kernels.packed import allow_packing, can_pack
+from seal_kernels.packed import allow_packing, can_pack, multiplies_bfloat16
 from seal_kernels.paged_attention import paged_attention, write_kv
 from seal_kernels.quantized_linear import QuantizedWeight, WeightFormat
 from seal_kernels.rms_norm import add_rms_norm, rms_norm

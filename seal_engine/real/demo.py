@@ -15,7 +15,7 @@ from seal_engine.loop.domain import SelfEditSource
 from seal_engine.sampling.requests import SamplingParams
 from seal_engine.training.jobs import TrainJob
 from seal_engine.types import InputError
-from seal_kernels.linear import multiplies_bfloat16
+from seal_kernels.packed import multiplies_bfloat16
 
 HERE = Path(__file__).parent
 SENTENCES = "passage and its sentences"

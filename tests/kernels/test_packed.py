@@ -58,6 +58,16 @@ def test_what_is_packed(monkeypatch):
         assert chosen == rows
 
 
+def test_bfloat16_is_packed_where_the_cpu_multiplies_it(monkeypatch):
+    """Elsewhere it is widened: packing it would be slow, and oneDNN refuses it without AVX-512."""
+    for multiplies in (True, False):
+        monkeypatch.setattr(packed, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        weight = matrix(torch.bfloat16)
+        allow_packing(weight)
+        assert prefers_packed(torch.zeros(8, I), weight) == multiplies == packed.packs(torch.bfloat16)
+        assert packed.packs(torch.float32)
+
+
 def test_batch_invariant_products_are_not_packed():
     """Their bits must not depend on the number of rows, and those of packed products do."""
     weight = matrix(torch.float32)
