@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from ray_processes import kill_one, worker_pids
 
+from ray_processes import kill_one, worker_pids
 from seal_engine import Engine, InputError, LoraConfig, SamplingParams, TrainJob
 from seal_engine.cluster.pool import Pool
 from seal_engine.loop.domain import Candidate
