@@ -45,8 +45,8 @@ smoke: $(DEVELOPMENT)
 	$(PY) -m pytest -q tests/test_smoke.py
 
 lint: $(DEVELOPMENT)
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff check --no-cache .
+	$(PY) -m ruff format --no-cache --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
 check: lint test

@@ -102,6 +102,7 @@ def test_a_worker_that_dies_is_replaced(pool, engine, signal_number):
     update = engine.train(jobs(1), progress=False)[0].adapter
     for one in (engine, pool):
         one.merge(update)
+    pool._dispatcher.wait_until_ready()
     os.kill(worker_pids(os.getpid())[0], signal_number)
     for _ in range(2):  # in the first round the other worker may do it all
         assert all(map(equal, engine.train(jobs(12), progress=False), pool.train(jobs(12), progress=False)))

@@ -314,7 +314,7 @@ def test_cut_connections_change_no_number(client, server):
     with tinker.ServiceClient(base_url=proxy.url, api_key="tml-test") as cut_client:
         model = cut_client.create_lora_training_client(BASE, rank=4, seed=19).result()
         assert train(model, 4) == expected
-    assert proxy.count > 35
+    assert proxy.count > max(proxy.cut), "all of them were lost"
     proxy.close()
 
 
