@@ -9,6 +9,7 @@ of rank rows, its alignment. A size is captured when it occurs for the second ti
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -109,7 +110,7 @@ class Graphs:
 
     def _capture(self, graph: _Graph, compute: Compute) -> Callable[[], Tensor]:
         """`torch.cuda.graph` would first give all cached memory back to the device, which then allocates it anew."""
-        captured, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        captured, stream, current = torch.cuda.CUDAGraph(), _capture_stream(self.device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             captured.capture_begin(pool=self._pool)
@@ -124,6 +125,12 @@ class Graphs:
             return result
 
         return replay
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: the vendor's products keep a workspace for each stream that they are launched on."""
+    return torch.cuda.Stream(device)
 
 
 def power_of_two(size: int) -> int:

@@ -75,7 +75,12 @@ def test_a_run_whose_workers_and_driver_are_killed(tmp_path, start):
 def test_an_interrupt_ends_a_run_and_all_its_processes(tmp_path, start, at_work):
     """Ctrl-C: exit status 130, and nothing is left. Without that, two of Ray's agents would stay for a minute."""
     process, processes = start(tmp_path / "run", 2), {}
-    wait_for(lambda: num_steps(tmp_path / "run") >= 1 if at_work else descendants(process.pid), process)
+
+    def ray_starts():
+        processes.update(descendants(process.pid))
+        return any("/ray/" in command for command in processes.values())
+
+    wait_for(lambda: num_steps(tmp_path / "run") >= 1 if at_work else ray_starts(), process)
     interrupted = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     while process.poll() is None:
