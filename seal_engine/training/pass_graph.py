@@ -18,6 +18,7 @@ from seal_engine.model.transformer import Model
 from seal_engine.training.losses import job_losses, loss_gradient
 from seal_engine.training.verbs import AdapterBatch
 from seal_engine.types import PackedBatch, packed_arrays
+from seal_kernels.dispatch import ceil_div
 from seal_kernels.lora_tables import BLOCK_T
 
 MIN_TOKENS = 64  # that a pass or a sequence is padded to
@@ -76,4 +77,4 @@ _graphs_of_models: WeakKeyDictionary[Model, PassGraphs] = WeakKeyDictionary()
 def padded_tokens(count: int) -> int:
     """The number of tokens that so many are padded to: at most an eighth more, of eight sizes between powers of two."""
     unit = max(MIN_TOKENS // 4, power_of_two(count + 1) // 16)
-    return -(-count // unit) * unit
+    return ceil_div(count, unit) * unit

@@ -28,8 +28,7 @@ CONFIG = ModelConfig.from_dict(
 )
 
 
-@pytest.fixture
-def model():
+def make_model():
     torch.manual_seed(0)
     model = Model(CONFIG, torch.float32, DEVICE)
     for name, tensor in model.named_tensors():
@@ -61,8 +60,9 @@ def step(contexts, blocks, seed):
 
 @pytest.mark.skipif(not INTERPRET and DEVICE.type != "cuda", reason="graphs are of the Triton path")
 @torch.no_grad()
-def test_a_graph_equals_the_model(model):
+def test_a_graph_equals_the_model():
     """Steps of other rows, contexts and adapters through the same tensors: nothing of an earlier step is left."""
+    model = make_model()
     graphs = DecodeGraphs(model)
     caches = [KVCache(CONFIG, 12, torch.float32, DEVICE) for _ in range(2)]
     noise = torch.randn(caches[0].keys.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -12,16 +12,7 @@ from seal_engine.training.losses import job_losses
 from seal_engine.training.pass_graph import PassGraphs, padded_tokens
 from seal_engine.training.verbs import AdapterBatch, target_logprobs
 from seal_kernels.dispatch import INTERPRET
-from test_decode_graph import CONFIG, adapter
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = Model(CONFIG, torch.float32, DEVICE)
-    for name, tensor in model.named_tensors():
-        tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=0.2)
-    return model
+from test_decode_graph import CONFIG, adapter, make_model
 
 
 def batch(owner, lengths, seed, prompt=1):
@@ -32,11 +23,12 @@ def batch(owner, lengths, seed, prompt=1):
 
 
 @pytest.mark.skipif(not INTERPRET and DEVICE.type != "cuda", reason="graphs are of the Triton path")
-def test_a_pass_through_a_graph_equals_the_pass(model):
+def test_a_pass_through_a_graph_equals_the_pass():
     """Five passes of one size, with other lengths and adapters in each, then a larger one and the first size again.
 
     The first is computed as it is, the second is captured. Gradients add up over all of them.
     """
+    model = make_model()
     graphs = PassGraphs.of(model)
     owners = [adapter(3, 1), adapter(2, 2), adapter(3, 3)]
     passes = [
@@ -62,9 +54,9 @@ def test_a_pass_through_a_graph_equals_the_pass(model):
         expected, gradient = job_losses(logprobs, counts, weights)
         logprobs.backward(gradient)
         assert losses == pytest.approx(expected.tolist(), rel=1e-5)
-        for owner, found in zip(owners, through_graph, strict=True):
-            assert owner.grads.any() == found.any()
-            assert not owner.grads.any() or relative_error(found, owner.grads) < 1e-5
+        for owner, grads in zip(owners, through_graph, strict=True):
+            assert owner.grads.any() == grads.any()
+            assert not owner.grads.any() or relative_error(grads, owner.grads) < 1e-5
         before = [owner.grads.clone() for owner in owners]
 
 
