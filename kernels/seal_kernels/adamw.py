@@ -153,7 +153,7 @@ def _step_triton(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
     return norms
 
 
-def _step_cpu(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
+def _step_cpu(slots: Sequence[Sequence[Tensor]], hyper: Hyper, zero_grads: bool) -> Tensor:
     norms = []
     for s, (p, g, m, v) in enumerate(slots):
         norm = torch.linalg.vector_norm(g)
@@ -167,7 +167,8 @@ def _step_cpu(slots: Sequence[Sequence[Tensor]], hyper: Hyper) -> Tensor:
                 weight_decay=hyper.weight_decay[s], amsgrad=False, maximize=False,
                 grad_scale=None if limit is None or norm + 1e-6 <= limit else (norm + 1e-6) / limit,
             )
-        g.zero_()
+        if zero_grads:
+            g.zero_()
     return torch.stack(norms)
 
 
@@ -177,8 +178,12 @@ def adamw_step(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     hyper: Hyper,
+    zero_grads: bool = True,
 ) -> Tensor:
     """One step of AdamW on each of S slots, in place; gradients are zeroed. Returns their norms [S] before clipping.
+
+    zero_grads=False: the caller overwrites them, so that they may have any value after the step (a GPU zeroes them at
+    no cost).
 
     Tensors: S of each kind, a slot's four of one length, flat, contiguous, float32, on one device. A slot whose norm
     is not finite is left as it is but for its gradient. Raises ValueError on tensors or numbers that do not match.
@@ -197,4 +202,6 @@ def adamw_step(
     if not slots:
         return torch.empty(0)
     with torch.no_grad():
-        return (_step_triton if use_triton(*(t for slot in slots for t in slot)) else _step_cpu)(slots, hyper)
+        if use_triton(*(t for slot in slots for t in slot)):
+            return _step_triton(slots, hyper)
+        return _step_cpu(slots, hyper, zero_grads)

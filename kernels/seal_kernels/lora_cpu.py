@@ -60,6 +60,7 @@ def _masks(group: LoraGroup, s: int, views: AdapterViews, rows: int) -> list[Ten
 
 
 def _widened(x: Tensor) -> Tensor:
+    """x in float32 at least. By segments: a whole 16-bit stream at once would be fresh memory in each call."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -72,16 +73,16 @@ def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup, batch_invariant: bo
 
     batch_invariant: a row's bits do not depend on how many rows its segment has, as when it is sampled token by token.
     """
-    segments, xs = _split(_widened(x), group)
+    segments, xs = _split(x, group)
     outs, views, scales, hidden = _columns(y, group), _views(group, x.shape[1]), group.scales.tolist(), []
     for s in segments:
-        view = views[s]
-        masks = _masks(group, s, view, len(xs[s]))
+        view, x_s = views[s], _widened(xs[s])
+        masks = _masks(group, s, view, len(x_s))
         if masks is None:
-            h = _product(xs[s], view.a.T, batch_invariant)  # one pass over x for all projections
+            h = _product(x_s, view.a.T, batch_invariant)  # one pass over x for all projections
         else:
             masked = zip(masks, view.a.split_with_sizes(view.ranks), strict=True)
-            h = torch.cat([(xs[s] * mask) @ a.T for mask, a in masked], 1)
+            h = torch.cat([(x_s * mask) @ a.T for mask, a in masked], 1)
         for m, h_m, b in zip(view.projections, h.split_with_sizes(view.ranks, 1), view.b, strict=True):
             if y.dtype == h.dtype and not batch_invariant:
                 outs[m][s].addmm_(h_m, b, alpha=scales[s][m])
@@ -92,23 +93,23 @@ def lora_forward_cpu(x: Tensor, y: Tensor, group: LoraGroup, batch_invariant: bo
 
 
 def lora_backward_cpu(x: Tensor, dy: Tensor, dx: Tensor | None, hidden: list[Tensor], group: LoraGroup) -> None:
-    """Adds every segment's part to dx, and its gradients of A and B to the adapters' own."""
-    segments, xs = _split(_widened(x), group)
-    gs, views, scales = _columns(_widened(dy), group), _views(group, x.shape[1]), group.scales.tolist()
+    """Adds every segment's part to dx, and its gradients of A and B to the adapters' own (see LoraGroup.overwrite)."""
+    segments, xs = _split(x, group)
+    gs, views, scales = _columns(dy, group), _views(group, x.shape[1]), group.scales.tolist()
     dxs = None if dx is None else _split(dx, group)[1]
     for s, h in zip(segments, hidden, strict=True):
-        view, x_s = views[s], xs[s]
+        view, x_s, beta = views[s], _widened(xs[s]), int(group.overwrite is None or not group.overwrite[s])
         dh = torch.empty_like(h)
         h_parts, dh_parts = h.split_with_sizes(view.ranks, 1), dh.split_with_sizes(view.ranks, 1)
         for m, h_m, dh_m, b, db in zip(view.projections, h_parts, dh_parts, view.b, view.db, strict=True):
-            g, scale = gs[m][s], scales[s][m]
+            g, scale = _widened(gs[m][s]), scales[s][m]
             dh_m.addmm_(g, b.T, beta=0, alpha=scale)
             if db is not None:
-                db.addmm_(h_m.T, g, alpha=scale)
+                db.addmm_(h_m.T, g, beta=beta, alpha=scale)
         masks = _masks(group, s, view, len(x_s))
         if masks is None:
             if view.da is not None:
-                view.da.addmm_(dh.T, x_s)
+                view.da.addmm_(dh.T, x_s, beta=beta)
             if dxs is not None and dxs[s].dtype == dh.dtype:
                 dxs[s].addmm_(dh, view.a)
             elif dxs is not None:
@@ -116,6 +117,6 @@ def lora_backward_cpu(x: Tensor, dy: Tensor, dx: Tensor | None, hidden: list[Ten
             continue
         for i, (mask, dh_m, a) in enumerate(zip(masks, dh_parts, view.a.split_with_sizes(view.ranks), strict=True)):
             if view.da is not None:
-                view.da.split_with_sizes(view.ranks)[i].addmm_(dh_m.T, x_s * mask)
+                view.da.split_with_sizes(view.ranks)[i].addmm_(dh_m.T, x_s * mask, beta=beta)
             if dxs is not None:
                 dxs[s].addcmul_(dh_m @ a, mask)

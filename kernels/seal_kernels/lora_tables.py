@@ -105,6 +105,7 @@ class LoraGroup:
     seeds: np.ndarray | None = None  # [S, M] uint32: one random stream per segment and projection
     tables: LoraTables | None = None  # for the GPU: without them, each forward makes them
     views: Sequence["AdapterViews"] | None = None  # for the CPU: without them, each pass makes them
+    overwrite: Sequence[bool] | None = None  # [S], for the CPU: gradients are written, whatever is there, not added to
 
 
 class BatchTables(NamedTuple):

@@ -1,5 +1,6 @@
 """Where a model runs: devices, their memory, dtypes, as callers name them."""
 
+import ctypes
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,12 +11,16 @@ from seal_engine.files import show
 from seal_engine.model.config import DTYPES
 from seal_engine.types import InputError
 
+# Parameters of glibc's mallopt, and the largest threshold for mmap that it takes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 25
+
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now."""
+    """Bytes that can be allocated now; on a CPU what the allocator keeps goes back to the system first."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
+    return_freed_memory()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -29,14 +34,28 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def let_memory_grow(device: torch.device) -> None:
-    """Let a GPU's memory be allocated in segments that grow, unless the environment says how it is allocated.
+def configure_allocator(device: torch.device) -> None:
+    """Prepare the device's allocator for passes, unless the environment says how it allocates.
 
-    Adapters and passes of many sizes come and go, and would leave holes in segments of fixed size: 9 of an H100's 79
-    GiB after ten sizes of passes.
+    A GPU's memory is allocated in segments that grow: adapters and passes of many sizes come and go, and would leave
+    holes in segments of fixed size, 9 of an H100's 79 GiB after ten sizes of passes. On a CPU glibc keeps what is
+    freed: passes free and take the same tensors, whose pages the system would have to clear each time.
     """
-    if device.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if device.type == "cuda":
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    elif not any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Give the system back what glibc's allocator keeps between live blocks; elsewhere nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def total_memory(device: torch.device) -> int:

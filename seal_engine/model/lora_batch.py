@@ -35,11 +35,13 @@ class LoraBatch:
         tokens: Sequence[int],
         train: bool = False,
         dropout_keys: Sequence[tuple[int, int]] | None = None,
+        overwrite: Sequence[bool] | None = None,
     ) -> "LoraBatch | None":
         """adapters, tokens: of consecutive segments; None for tokens of the base. An adapter has one segment at most.
 
         train: backward adds to the adapters' gradients, and dropout is drawn from dropout_keys (two integers per
-        segment, such as a job's seed and its number of passes so far). None if no segment has an adapter.
+        segment, such as a job's seed and its number of passes so far). overwrite: the segments whose gradients begin
+        with this pass: a CPU writes them without reading them. None if no segment has an adapter.
         """
         present = [adapter for adapter in adapters if adapter is not None]
         if not present:
@@ -56,7 +58,8 @@ class LoraBatch:
         else:
             views = [{} if adapter is None else adapter.views(train) for adapter in adapters]
             for key in groups:
-                groups[key] = replace(groups[key], views=[of_adapter.get(key, NO_VIEWS) for of_adapter in views])
+                of_group = [of_adapter.get(key, NO_VIEWS) for of_adapter in views]
+                groups[key] = replace(groups[key], views=of_group, overwrite=overwrite)
         return LoraBatch(groups, torch.zeros(1, device=device, requires_grad=train), tables)
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seal_engine.model.adapter_layout import ProjectionGroup
 from seal_engine.model.config import ModelConfig
-from seal_engine.model.devices import let_memory_grow
+from seal_engine.model.devices import configure_allocator
 from seal_engine.model.lora_batch import LoraBatch
 from seal_engine.types import PackedBatch, PagedBatch
 from seal_kernels.attention import attention
@@ -67,7 +67,7 @@ class Model:
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: WeightFormat | None = None
     ):
         """Allocates uninitialised parameters; `named_tensors` gives the views to fill. quantization: of the linears."""
-        let_memory_grow(device)
+        configure_allocator(device)
         self.version = 0  # rises with every change of the parameters
         self.batch_invariant = False  # whether a token's results do not depend on the other sequences of its batch
 

@@ -8,7 +8,6 @@ most the pass that is running, and training never stops. Samples that have patie
 the first of them has waited for as long as it may: those of several callers then decode together.
 """
 
-import ctypes
 import logging
 import threading
 from collections import Counter, deque
@@ -24,7 +23,7 @@ import torch
 
 from seal_engine.engine import Engine
 from seal_engine.model.adapters import Adapter
-from seal_engine.model.devices import free_memory
+from seal_engine.model.devices import free_memory, return_freed_memory
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta
 from seal_engine.serve.requests import (
@@ -54,14 +53,6 @@ def _cpu_blocks(engine: Engine) -> int:
     wanted = max(CPU_BLOCKS, 4 * engine.config.max_position_embeddings // 16)
     size = KVCache.block_bytes(engine.config, engine.model.product_dtype)
     return max(1, min(wanted, free_memory(engine.model.device) // 2 // size))
-
-
-def _return_free_memory() -> None:
-    """Give the system back what the allocator keeps between live blocks (glibc; elsewhere nothing is done): steps of
-    changing shapes would otherwise let a process that serves for days grow by fragmentation."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class Worker:
@@ -250,7 +241,7 @@ class Worker:
         end = perf_counter()
         self.turns[kind] += 1
         if self.turns.total() % TRIM_TURNS == 0:
-            _return_free_memory()
+            return_freed_memory()
         self.seconds[kind] += end - start
         if kind == SAMPLING:
             self.step_times.append(end - (start if self._last_step_end is None else self._last_step_end))

@@ -36,6 +36,7 @@ class MicroStep:
 
     members: list[int]  # indices of the sequences
     weight: float  # of each target token: 1 / the number of target tokens of the whole optimizer step
+    begins_step: bool
     ends_step: bool
 
 
@@ -88,9 +89,8 @@ class JobState:
         for first in range(0, len(members), self.job.batch_size):
             micro = members[first : first + self.job.batch_size]
             cuts += [[micro[i] for i in cut] for cut in chunks([len(self.ids[i]) for i in micro], self.token_budget)]
-        for cut in cuts[:-1]:
-            yield MicroStep(cut, weight, False)
-        yield MicroStep(cuts[-1], weight, True)
+        for i, cut in enumerate(cuts):
+            yield MicroStep(cut, weight, begins_step=i == 0, ends_step=i == len(cuts) - 1)
 
     def advance(self) -> None:
         """Move on to the next micro-step."""

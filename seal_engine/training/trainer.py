@@ -178,7 +178,8 @@ class Trainer:
             targets = [state.targets[i] for i in state.next.members]
             dropout_key = (state.job.seed or 0, state.num_micro_steps)
             soft = [state.soft[i] for i in state.next.members]
-            batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key, soft))
+            begins = state.next.begins_step
+            batches.append(AdapterBatch(state.adapter, sequences, targets, dropout_key, soft, begins=begins))
             weights.append(state.next.weight)
         backward = self._forward(batches, weights)
         with self._whole_or_failed(chosen):
@@ -188,7 +189,8 @@ class Trainer:
                 if state.trained is not None and state.adapter.grads is not None:
                     state.adapter.grads.mul_(state.trained)
             if stepping:
-                losses = torch.cat([losses, advance_adapters([(state.adapter, state.adam()) for state in stepping])])
+                norms = advance_adapters([(state.adapter, state.adam()) for state in stepping], zero_grads=False)
+                losses = torch.cat([losses, norms])
             for state in chosen:
                 state.advance()
             self._pending.append((chosen, stepping, HostCopy(losses)))

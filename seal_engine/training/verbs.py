@@ -30,7 +30,8 @@ class AdapterBatch:
     """One adapter's sequences in a pass. targets[i][j]: whether token j of sequence i is a target; token 0 never is.
 
     target_tokens[i]: what is predicted in place of sequence i's tokens, as many; None: the tokens themselves. soft[i]:
-    the soft targets of sequence i's tokens, (ids, weights) [n, K] each; None: one target a token.
+    the soft targets of sequence i's tokens, (ids, weights) [n, K] each; None: one target a token. begins: the adapter's
+    gradients begin with this pass: nothing was added to them since the last optimizer step.
     """
 
     adapter: Adapter
@@ -39,6 +40,7 @@ class AdapterBatch:
     dropout_key: tuple[int, int] = (0, 0)
     soft: Sequence[tuple[Tensor, Tensor] | None] = ()
     target_tokens: Sequence[Sequence[int] | None] = ()
+    begins: bool = False
 
 
 def validate_dtype(model: Model) -> None:
@@ -62,7 +64,8 @@ def target_logprobs(
     keys = [part.dropout_key for part in batches]
     counts = [sum(map(sum, part.targets)) for part in batches]
     batch = PackedBatch.pack(sequences, model.device)
-    lora = LoraBatch.make([part.adapter for part in batches], tokens, train=train, dropout_keys=keys)
+    begins = [part.begins for part in batches]
+    lora = LoraBatch.make([part.adapter for part in batches], tokens, train, keys, begins)
     hidden = model.hidden_states(batch, lora, recompute=recompute)
     is_target = np.fromiter(chain.from_iterable(targets), np.bool_, sum(tokens))
     predicted = [
@@ -225,8 +228,8 @@ def optim_step(steps: Sequence[tuple[Adapter, AdamParams]]) -> list[float]:
     return norms
 
 
-def advance_adapters(steps: Sequence[tuple[Adapter, AdamParams]]) -> Tensor:
-    """`optim_step` without checks; the gradient norms [adapters] stay on the device."""
+def advance_adapters(steps: Sequence[tuple[Adapter, AdamParams]], zero_grads: bool = True) -> Tensor:
+    """`optim_step` without checks; the gradient norms [adapters] stay on the device. zero_grads: see adamw_step."""
     params, grads, exp_avgs, exp_avg_sqs = [], [], [], []
     for adapter, _ in steps:
         if adapter.grads is None or adapter.moments is None:
@@ -246,7 +249,7 @@ def advance_adapters(steps: Sequence[tuple[Adapter, AdamParams]]) -> Tensor:
         step=[adapter.steps for adapter, _ in steps],
         max_grad_norm=[h.max_grad_norm for _, h in steps],
     )
-    return adamw_step(params, grads, exp_avgs, exp_avg_sqs, hyper)
+    return adamw_step(params, grads, exp_avgs, exp_avg_sqs, hyper, zero_grads)
 
 
 def _check_datum(datum: Datum, name: str, model: Model) -> None:

@@ -109,6 +109,18 @@ def test_a_slot_of_no_finite_norm_is_left_alone(value):
             assert all(torch.equal(a[s], b[s]) for a, b in zip(dirty, clean, strict=True))
 
 
+def test_a_step_is_the_same_where_the_caller_overwrites_gradients():
+    """A CPU then leaves in them whatever the step made of them."""
+    zeroed = make(SIZES)
+    kept = clones(zeroed)
+    hyper = make_hyper(len(SIZES), 1.0)
+    assert torch.equal(adamw_step(*zeroed, hyper), adamw_step(*kept, hyper, zero_grads=False))
+    for kind in (0, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(zeroed[kind], kept[kind], strict=True))
+    assert not any(g.any() for g in zeroed[1])
+    assert INTERPRET or DEVICE.type == "cuda" or all(g.any() for g in kept[1])
+
+
 def test_a_slot_has_the_same_bits_alone_and_in_company():
     together, alone = make(SIZES), make(SIZES)
     hyper = make_hyper(len(SIZES), 1.5)

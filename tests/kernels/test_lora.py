@@ -161,6 +161,37 @@ def test_gradients_accumulate_over_calls():
         assert relative_error(b, 2 * a) < 1e-6
 
 
+@pytest.mark.skipif(not ON_CPU_PATH, reason="a GPU's kernels add to gradients that were zeroed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [None, [0.3, 0.3]], ids=["", "dropout"])
+def test_gradients_that_begin_are_written_not_added_to(dropout, dtype):
+    """Whatever lies in them: with NaN there they have the bits that they have from zero. Other segments still add."""
+    clean, dirty = (make_group([5, 6], [[3, 2, 3], [4, 4, 0]], QKV, 16, dropout) for _ in range(2))
+    for group in (clean, dirty):
+        group.grads[1].fill_(0.5)
+    used = lora_grads_written(clean)
+    dirty.grads[0].masked_fill_(used, torch.nan)
+    torch.manual_seed(0)
+    x, weight, dy = (torch.randn(*shape).to(DEVICE, dtype) for shape in [(11, 16), (72, 16), (11, 72)])
+    anchor = torch.zeros(1, device=DEVICE, requires_grad=True)
+    lora_linear(x, weight, None, clean, anchor).backward(dy)
+    lora_linear(x, weight, None, replace(dirty, overwrite=[True, False]), anchor).backward(dy)
+    assert all(torch.equal(a, b) for a, b in zip(clean.grads, dirty.grads, strict=True))
+    assert clean.grads[0].any()
+    assert (clean.grads[1] != 0.5).any()
+
+
+def lora_grads_written(group):
+    """[elements of segment 0's gradients]: whether one is of a factor, not of the unused space between factors."""
+    used = torch.zeros_like(group.grads[0], dtype=torch.bool)
+    a = int(group.offsets[0, 0])
+    used[a : a + int(group.ranks[0].sum()) * 16] = True
+    for m, (first, last) in enumerate(group.columns):
+        b = int(group.offsets[0, 1 + m])
+        used[b : b + int(group.ranks[0, m]) * (last - first)] = True
+    return used
+
+
 def test_an_adapter_of_nan_stays_in_its_segment():
     torch.manual_seed(0)
     group = make_group([5, 6, 7], [[3, 2, 3]] * 3, QKV, inputs=16)

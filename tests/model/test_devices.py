@@ -1,9 +1,35 @@
 """How a device's memory is allocated."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from seal_engine.model.devices import let_memory_grow
+from seal_engine.model.devices import configure_allocator
+
+# Frees and takes again 64 MiB in tensors of 16 MiB a hundred times, and prints how many pages the system had to clear.
+FAULTS = """
+import resource, torch
+from seal_engine.model.devices import configure_allocator, return_freed_memory
+
+def cleared():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+configure_allocator(torch.device("cpu"))
+before = cleared()
+for _ in range(100):
+    tensors = [torch.ones(2**22) for _ in range(4)]
+    del tensors
+faults, kept = cleared() - before, resident()
+return_freed_memory()
+print(faults, kept - resident())
+"""
+PAGES = 2**26 // os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(
@@ -12,12 +38,30 @@ from seal_engine.model.devices import let_memory_grow
      ("cuda:0", "PYTORCH_ALLOC_CONF", []), ("cpu", None, [])],
 )  # fmt: skip
 def test_a_gpus_memory_grows_unless_the_environment_decides(monkeypatch, device, variable, asked):
-    """A CPU's is not touched."""
+    """A CPU's is glibc's."""
     settings = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     if variable is not None:
         monkeypatch.setenv(variable, "max_split_size_mb:64")
-    let_memory_grow(torch.device(device))
+    configure_allocator(torch.device(device))
     assert settings == asked
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="counts pages as Linux does")
+def test_a_cpu_keeps_freed_memory_until_it_is_returned():
+    """A hundred passes over 64 MiB: their pages are cleared about once, where glibc by itself clears them each time;
+    what is kept goes back when it is asked for. A user's setting stands."""
+
+    def run(**environment: str) -> tuple[int, int]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        command = [sys.executable, "-c", FAULTS]
+        out = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout
+        faults, returned = out.split()
+        return int(faults), int(returned)
+
+    faults, returned = run()
+    assert faults < 4 * PAGES, "pages are cleared again and again"
+    assert returned > PAGES // 2, "free pages stay"
+    assert run(MALLOC_MMAP_THRESHOLD_="1000000")[0] > 50 * PAGES, "a user's setting is overruled"
