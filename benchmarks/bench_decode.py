@@ -14,14 +14,16 @@ from seal_engine import Engine, SamplingParams
 from shapes import random_model
 
 TOKENS = 32
-SHAPE = "qwen2.5-7b" if measure.DEVICE.type == "cuda" else "97m"
-DTYPES = [torch.bfloat16] if measure.DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
+GPU = measure.DEVICE.type == "cuda"
+SHAPES = ["qwen2.5-7b"] if GPU else ["97m", "smollm2-135m"]
+DTYPES = [torch.bfloat16] if GPU else [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decode(benchmark, record, tmp_path, dtype, rows):
-    saved = Engine(random_model(SHAPE, dtype, measure.DEVICE))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode(benchmark, record, tmp_path, shape, dtype, rows):
+    saved = Engine(random_model(shape, dtype, measure.DEVICE))
     reference = load_base(saved, tmp_path / "base")
     engine = Engine.from_pretrained(tmp_path / "base", measure.DEVICE, dtype)
     vocab_size = engine.config.vocab_size
@@ -42,7 +44,7 @@ def test_decode(benchmark, record, tmp_path, dtype, rows):
     times = measure.side_by_side(benchmark, [theirs, ours], rounds=3)
     for who, seconds in zip(("transformers", "seal_engine"), times, strict=True):
         record(
-            shape=SHAPE,
+            shape=shape,
             dtype=str(dtype).removeprefix("torch."),
             who=who,
             rows=rows,

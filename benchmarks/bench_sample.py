@@ -21,10 +21,14 @@ from shapes import random_model
 GPU = measure.DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 QV = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "v_proj"))
-# (shape, requests, Transformers' batch sizes)
-CASES = [("2m", 256, (16, 64)), ("97m", 32, (8, 32))]
+# (shape, dtype, requests, Transformers' batch sizes)
+CASES = [
+    ("2m", torch.float32, 256, (16, 64)),
+    ("97m", torch.bfloat16, 256, (16, 64)),
+    ("smollm2-135m", torch.bfloat16, 256, (16, 64)),
+]
 if GPU:
-    CASES = [("qwen2.5-7b", 256, (64,))]
+    CASES = [("qwen2.5-7b", torch.bfloat16, 256, (64,))]
 ASKED = slice(None, None, 4 if GPU else 1)  # of the adapters, for PEFT
 
 
@@ -82,18 +86,20 @@ class Padded:
         return [found[i] for i in range(len(prompts))]
 
 
-def same(ours: list[list[int]], theirs: list[list[int]]) -> None:
-    """Float32 rounding may turn a near tie, and all that follows: nearly all answers must be the same."""
-    equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    least = 0.5 if GPU else 0.97
+def same(ours: list[list[int]], theirs: list[list[int]], dtype: torch.dtype) -> None:
+    """Rounding may turn a near tie, and all that follows: in float32 nearly all answers must be the same, in 16 bits,
+    where such ties are common, their first tokens."""
+    compared = None if dtype == torch.float32 else 1
+    equal = sum(a[:compared] == b[:compared] for a, b in zip(ours, theirs, strict=True))
+    least = 0.97 if dtype == torch.float32 else 0.9
     assert equal >= least * len(ours), f"{equal} of {len(ours)} answers are the same: no figure for a wrong result"
 
 
-@pytest.mark.parametrize(("shape", "count", "sizes"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "count", "sizes"), CASES, ids=str)
 @torch.no_grad()
-def test_generate(benchmark, record, tmp_path, shape, count, sizes):
+def test_generate(benchmark, record, tmp_path, shape, dtype, count, sizes):
     """The base alone, and 32 adapters over the same requests."""
-    engine = Engine(random_model(shape, DTYPE, measure.DEVICE))
+    engine = Engine(random_model(shape, dtype, measure.DEVICE))
     prompts, params = requests(count, engine.config.vocab_size)
     answers = [own.max_tokens or 0 for own in params]
     adapters = make_adapters(engine, min(32, count // 4))
@@ -105,7 +111,7 @@ def test_generate(benchmark, record, tmp_path, shape, count, sizes):
 
     base = Padded(engine, [], tmp_path / "a")
     fns = [ours, *(lambda size=size: base.all(prompts, answers, size) for size in sizes)]
-    same(ours(), base.all(prompts, answers, sizes[0]))
+    same(ours(), base.all(prompts, answers, sizes[0]), dtype)
     switching = Padded(engine, adapters, tmp_path / "b")
 
     asked = [range(i, count, len(adapters)) for i in range(len(adapters))[ASKED]]  # requests of each adapter
@@ -118,7 +124,7 @@ def test_generate(benchmark, record, tmp_path, shape, count, sizes):
         return found
 
     outs = ours(owners)
-    same([outs[k] for members in asked for k in members], theirs())
+    same([outs[k] for members in asked for k in members], theirs(), dtype)
     times = measure.side_by_side(benchmark, [*fns, lambda: ours(owners), theirs], rounds=1 if GPU else 2)
     tokens = sum(answers)
     times[-1] *= tokens / sum(answers[k] for members in asked for k in members)  # of all adapters, at this rate
@@ -127,7 +133,7 @@ def test_generate(benchmark, record, tmp_path, shape, count, sizes):
     for i, (who, seconds) in enumerate(zip(names, times, strict=True)):
         with_adapters = i > len(sizes)
         record(
-            shape=shape, dtype=str(DTYPE).removeprefix("torch."), requests=count, who=who,
+            shape=shape, dtype=str(dtype).removeprefix("torch."), requests=count, who=who,
             adapters=len(adapters) if with_adapters else 0, tokens_per_s=tokens / seconds,
             seal_engine_times_faster=seconds / times[-2] if with_adapters else seconds / times[0],
             than_the_best_of_the_baseline=times[-1] / times[-2] if with_adapters else best / times[0],

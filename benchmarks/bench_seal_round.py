@@ -44,7 +44,6 @@ from bench_train import PADDED, QV, SEVEN, Batch, OneAtATime, alone, close_to, l
 from seal_engine import Adapter, Engine, LoraConfig, SamplingParams, TrainJob, TrainSequence
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.config import ModelConfig
-from seal_kernels.packed import multiplies_bfloat16
 from seal_round import EPOCHS, REPEATS, Lengths, read_trace, typical
 from shapes import random_model
 
@@ -201,15 +200,6 @@ def costs(engine: Engine, passages: Sequence[Passage]) -> dict[str, tuple[float,
             2 * weights * updates + 52 * policy * updates + 2 * element * body,
         ),
     }
-
-
-def matrix_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of products as the engine makes them: on a CPU in bfloat16 where it has instructions for that."""
-    if GPU or dtype != torch.bfloat16 or not multiplies_bfloat16():
-        return measure.matrix_rate(dtype)
-    n = 2048
-    a, b = torch.randn(n, n).bfloat16(), torch.randn(n, n).bfloat16()
-    return 2 * n**3 / measure.fastest(lambda: a @ b, rounds=15)
 
 
 def timed(fn: Callable[[], Any]) -> float:
@@ -371,7 +361,7 @@ def test_seal_round(benchmark, record, tmp_path, shape, dtype, passages):
     replay.adapters.clear()
     if GPU:
         Round(engine, work, epochs=1).training()  # and load what the library has for each size of product
-    needs, rates = costs(engine, work), {"FLOPs": matrix_rate(dtype), "bytes": measure.copy_rate()}
+    needs, rates = costs(engine, work), {"FLOPs": measure.matrix_rate(dtype), "bytes": measure.copy_rate()}
     seconds: dict[str, float] = {}
     floors: dict[str, float] = {}
 

@@ -26,6 +26,7 @@ STEPS, PADDED = 10, 2048  # as published: 10 epochs
 CASES = [
     ("97m", torch.float32, 32, 32, SEVEN),
     ("97m", torch.bfloat16, 32, 32, SEVEN),
+    ("smollm2-135m", torch.bfloat16, 32, 32, QV),
     ("2m", torch.float32, 128, 32, SEVEN),
     ("2m", torch.float32, 128, 32, QV),
 ]
