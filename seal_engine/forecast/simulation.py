@@ -24,7 +24,7 @@ from seal_engine.types import LoraConfig
 from seal_kernels.cross_entropy import CHUNK_BYTES, chunk_tokens
 from seal_kernels.dispatch import ceil_div
 
-GREEDY_PASSES, TOP_P_PASSES = 2.5, 22.5  # over a row of logits, to draw a token
+GREEDY_PASSES, TOP_P_PASSES = 1.0, 3.5  # over a row of logits, to draw a token
 NARROW, LINK = "norms, rotary, SwiGLU, logits", "adapters between host and device"
 
 
