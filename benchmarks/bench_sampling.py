@@ -55,6 +55,7 @@ def test_sampling(benchmark, record, name, N, likely):
     args += [seeds.to(measure.DEVICE), counters.to(measure.DEVICE)]
     measure.kernel_rows(
         benchmark, record, f"{name}{f', {likely} likely' if likely else ''}: N={N} V={V}",
-        lambda: sample_tokens(logits, *args, with_logprobs=False)[0], lambda: usual(logits, temperature, top_k, top_p, u),
+        lambda: sample_tokens(logits, *args, with_logprobs=False)[0],
+        lambda: usual(logits, temperature, top_k, top_p, u),
         bound=1e-5 if temperature == 0 else 0.25, moved=logits.nbytes, flops=0, dtype=logits.dtype,
     )  # fmt: skip

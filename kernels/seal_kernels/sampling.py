@@ -405,4 +405,5 @@ def sample_tokens(
     for name, x, dtype in zip(("temperature", "top_k", "top_p", "seeds", "counters"), args, dtypes, strict=True):
         if x.shape != (N,) or x.dtype != dtype or (N > 1 and x.stride(0) != 1):
             raise ValueError(f"sample_tokens: {name} must be {dtype} [{N}], not {x.dtype} {tuple(x.shape)}")
-    return _sample_triton(logits, *args, with_logprobs) if use_triton(logits, *args) else _sample_cpu(logits, *args, with_logprobs)
+    backend = _sample_triton if use_triton(logits, *args) else _sample_cpu
+    return backend(logits, *args, with_logprobs)
