@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import measure
-import seal_engine.sampling.sampler
+import seal_engine.sampling.draw
 from seal_engine import Engine, LoraConfig, SamplingParams, TrainJob, TrainSequence
 from seal_engine.model.adapter_layout import projection_sizes
 from seal_engine.model.adapters import Adapter
@@ -101,7 +101,7 @@ def sampling_step(count: int, monkeypatch: Any) -> float:
 
     timed(Model, "hidden_states")
     timed(Model, "logits")
-    timed(seal_engine.sampling.sampler, "sample_tokens")
+    timed(seal_engine.sampling.draw, "sample_tokens")
     for _ in range(count):
         sampler.add_request(None, list(range(20)), SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
     sampler.step()

@@ -13,10 +13,11 @@ how a backend cuts the vocabulary, and no rounding can draw a token that has no 
 than the likeliest has none. u is 53 bits of a hash of the row's seed and counter (Steele et al., OOPSLA 2014).
 
 Shapes: logits [N, V]; temperature, top_p float32, top_k int32, seeds and counters int64 [N]; tokens int64, logprobs
-float32 [N]. On a GPU a row is one program: two passes over it, half a pass more to draw, one more for a temperature
-that is not 1. A filter bisects the bits of its threshold, one pass per bit, until at most one token lies between enough
-and too few: at most 32 passes, about 20 on ordinary logits. Bytes per row, b per element: b V, from memory for the
-first pass, from the cache for the others.
+float32 [N]. On a GPU a row is one program: one pass over it for the largest logit, one for the weights and half a pass
+to draw. A filter narrows a bracket of its threshold. What the pass for the weights tells of four bounds is mostly
+enough; else a pass leaves a fifth of the bracket. Once it holds at most 8,192 logits, a pass gathers them, and the
+threshold is looked for among these. Passes over a row of 152,064 logits with top-p: 3 where a few hundred are likely,
+6 to 7 where they are all of one normal distribution. Bytes per row, b per element: b V, from memory or the cache.
 """
 
 import math
@@ -108,68 +109,139 @@ def _uniform(seed, counter):
 
 
 @triton.jit
-def _ordered(bits):
-    """Bits of a float32 as an integer of the same order, and back."""
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+def _order(x):
+    """A float32 as an integer of the same order, zeros equal; in 64 bits, where the next one never overflows."""
+    magnitude = tl.abs(x).to(tl.int32, bitcast=True).to(tl.int64)
+    return tl.where(x < 0, -magnitude, magnitude)
 
 
 @triton.jit
-def _load(logits_ptr, start, V, BLOCK_V: tl.constexpr):
-    cols = start + tl.arange(0, BLOCK_V)
-    return tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+def _float(order):
+    """The float32 of an ordered integer."""
+    magnitude = tl.abs(order).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.where(order < 0, -magnitude, magnitude)
 
 
 @triton.jit
-def _at_least(
-    logits_ptr, order, peak, inverse, V,
-    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
+def _load(x_ptr, start, n, BLOCK: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK)
+    return tl.load(x_ptr + cols, mask=cols < n, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _weight(x, peak, inverse, SCALE: tl.constexpr):
+    return (tl.exp((x - peak) * inverse) * SCALE).to(tl.int64)
+
+
+@triton.jit
+def _at_least(x_ptr, n, bounds, peak, inverse, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    """(counts, weights) of those of n numbers that are at least each of the bounds [B], ordered integers: one pass."""
+    B: tl.constexpr = bounds.shape[0]
+    lowest = _float(bounds)[:, None]
+    # a thread adds up its 8 numbers of a block, so that it keeps one sum of each kind
+    count = tl.zeros([B, BLOCK // 8], dtype=tl.int32)
+    mass = tl.zeros([B, BLOCK // 8], dtype=tl.int64)
+    for start in range(0, n, BLOCK):
+        x = _load(x_ptr, start, n, BLOCK)  # [BLOCK]
+        counted = x[None, :] >= lowest  # [B, BLOCK]
+        weight = tl.where(counted, _weight(x, peak, inverse, SCALE)[None, :], 0)
+        count += tl.sum(tl.reshape(counted.to(tl.int32), [B, 8, BLOCK // 8]), axis=1)
+        mass += tl.sum(tl.reshape(weight, [B, 8, BLOCK // 8]), axis=1)
+    return tl.sum(count, axis=1), tl.sum(mass, axis=1)
+
+
+@triton.jit
+def _bracket(bounds, counts, masses, need, low, inside, total, high, outside, beyond, WEIGHTS: tl.constexpr):
+    """The bracket [low, high) of a threshold, narrowed by the counts and masses of other bounds [B].
+
+    At low there are enough: inside logits of weight total. At high there are too few: outside ones of weight beyond.
+    """
+    if WEIGHTS:
+        enough = masses >= need
+    else:
+        enough = counts >= need
+    low = tl.maximum(low, tl.max(tl.where(enough, bounds, low), axis=0))
+    inside = tl.minimum(inside, tl.min(tl.where(enough, counts, inside), axis=0))
+    total = tl.minimum(total, tl.min(tl.where(enough, masses, total), axis=0))
+    high = tl.minimum(high, tl.min(tl.where(enough, high, bounds), axis=0))
+    outside = tl.maximum(outside, tl.max(tl.where(enough, outside, counts), axis=0))
+    beyond = tl.maximum(beyond, tl.max(tl.where(enough, beyond, masses), axis=0))
+    return low, inside, total, high, outside, beyond
+
+
+@triton.jit
+def _narrow(
+    x_ptr, n, limit, above, heavier, need, low, inside, total, high, outside, beyond, peak, inverse,
+    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """(how many logits are at least the one of this order, their weight if WEIGHTS)"""
-    bound = _ordered(order.to(tl.int32)).to(tl.float32, bitcast=True)
-    count = tl.zeros([BLOCK_V], dtype=tl.int32)
-    mass = tl.zeros([BLOCK_V], dtype=tl.int64)
-    for start in range(0, V, BLOCK_V):
-        x = _load(logits_ptr, start, V, BLOCK_V)  # [BV]
-        count += (x >= bound).to(tl.int32)
-        if WEIGHTS:
-            mass += tl.where(x >= bound, (tl.exp((x - peak) * inverse) * SCALE).to(tl.int64), 0)
-    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+    """The bracket once it holds at most `limit` logits, or equal ones: a pass over n numbers leaves a fifth of it.
+
+    Among the numbers are all logits of the bracket; above, heavier: the count and weight of greater ones that are not.
+    """
+    while (inside - outside > limit) & (high - low > 1):
+        # fifths of the numbers, not of their bits: around 0 most floats are tiny
+        fifth = _float(high) * 0.2 - _float(low) * 0.2
+        bounds = _order(_float(low) + fifth * (1 + tl.arange(0, 4)))  # [4]
+        bounds = tl.minimum(tl.maximum(bounds, low + 1), high - 1)
+        counts, masses = _at_least(x_ptr, n, bounds, peak, inverse, SCALE, BLOCK)
+        low, inside, total, high, outside, beyond = _bracket(
+            bounds, above + counts, heavier + masses, need, low, inside, total, high, outside, beyond, WEIGHTS
+        )
+    return low, inside, total, high, outside, beyond
+
+
+@triton.jit
+def _gather(logits_ptr, candidates_ptr, low, high, V, BLOCK: tl.constexpr):
+    """Write the logits of a bracket to candidates, for all threads of the program."""
+    low, high = _float(low), _float(high)
+    written = tl.full((), 0, tl.int32)
+    for start in range(0, V, BLOCK):
+        x = _load(logits_ptr, start, V, BLOCK)  # [BLOCK]
+        taken = (x >= low) & (x < high)
+        tl.store(candidates_ptr + written + tl.cumsum(taken.to(tl.int32), axis=0) - 1, x, mask=taken)
+        written += tl.sum(taken.to(tl.int32), axis=0)
+    tl.debug_barrier()
 
 
 @triton.jit
 def _threshold(
-    logits_ptr, low, inside, total, need, peak, inverse, V,
-    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, candidates_ptr, bounds, counts, masses, low, inside, total, need, peak, inverse, V,
+    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):
     """(low, inside, total) for the highest low at which `need` logits (or logits of that weight) are at least as high.
 
-    Bisection from a low at which there are enough. It ends when at most one logit lies between enough and too few.
+    At the low that comes in there are enough; counts and masses are those of the bounds. The bracket is narrowed until
+    its logits are few enough to be gathered, then among these until it holds one.
     """
-    high = _ordered(peak.to(tl.int32, bitcast=True)).to(tl.int64) + 1
-    outside = inside * 0
-    while (high - low > 1) & (inside - outside > 1):
-        middle = (low + high) >> 1
-        count, mass = _at_least(logits_ptr, middle, peak, inverse, V, WEIGHTS, SCALE, BLOCK_V)
-        if WEIGHTS:
-            enough = mass >= need
-        else:
-            enough = count >= need
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-        inside, outside = tl.where(enough, count, inside), tl.where(enough, outside, count)
-        total = tl.where(enough, mass, total)
+    low, inside, total, high, outside, beyond = _bracket(
+        bounds, counts, masses, need, low, inside, total, _order(peak) + 1, inside * 0, total * 0, WEIGHTS
+    )
+    low, inside, total, high, outside, beyond = _narrow(
+        logits_ptr, V, CANDIDATES, 0, 0, need, low, inside, total, high, outside, beyond, peak, inverse,
+        WEIGHTS, SCALE, BLOCK,
+    )
+    if (inside - outside > 1) & (high - low > 1):
+        _gather(logits_ptr, candidates_ptr, low, high, V, BLOCK)
+        low, inside, total, high, outside, beyond = _narrow(
+            candidates_ptr, inside - outside, 1, outside, beyond, need, low, inside, total, high, outside, beyond,
+            peak, inverse, WEIGHTS, SCALE, BLOCK,
+        )
     return low, inside, total
 
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seeds_ptr, counters_ptr, tokens_ptr, logprobs_ptr,
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seeds_ptr, counters_ptr, candidates_ptr, tokens_ptr,
+    logprobs_ptr,
     V,
     stride_n,
-    SCALE: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALE: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr, CANDIDATES: tl.constexpr,
 ):
-    """A program has one row. Bounds of logits are ordered integers in 64 bits, which can be bisected."""
+    """A program has one row. Bounds of logits are ordered integers. logprobs_ptr may be None."""
+    HALF: tl.constexpr = BLOCK_V // 2  # of loops that keep more per number, which would spill with whole blocks
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
+    candidates_ptr += row * CANDIDATES
     # the largest logit and the first place where it stands
     largest = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)
     index = tl.zeros([BLOCK_V], dtype=tl.int32)
@@ -183,66 +255,75 @@ def sample_kernel(
     token = tl.min(tl.where(largest == peak, index, V), axis=0)
     if (tl.max(wrong, axis=0) > 0) | (peak == float("-inf")):
         tl.store(tokens_ptr + row, -1)
-        tl.store(logprobs_ptr + row, float("nan"))
+        if logprobs_ptr is not None:
+            tl.store(logprobs_ptr + row, float("nan"))
         return
 
-    # the sum of the raw weights, for the log-probability
-    low = tl.full((), -2139095040, tl.int64)  # the lowest finite float32, ordered: nothing else is ever drawn
-    inside, total = _at_least(logits_ptr, low, peak, 1.0, V, True, SCALE, BLOCK_V)
-    log_total = tl.log(total.to(tl.float32) / SCALE)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0.0:
         temperature = tl.minimum(tl.maximum(temperature, 1.0 / LIMIT), LIMIT)
         inverse = 1.0 / temperature
         k, p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-        # top-k: raise the threshold, and sum the weights of this temperature above it
-        filtered = (k > 0) & (k < inside)
-        if filtered:
-            low, inside, _ = _threshold(logits_ptr, low, inside, total, k, peak, inverse, V, False, SCALE, BLOCK_V)
-        if filtered | (temperature != 1.0):
-            total = _at_least(logits_ptr, low, peak, inverse, V, True, SCALE, BLOCK_V)[1]
-        # top-p: raise the threshold further
+        # the logits that have any weight, down to 30 temperatures below the peak; and those down to 13, 3 and 0
+        depths = (3 - tl.arange(0, 4)) * (3 - tl.arange(0, 4)) * (30.0 / 9.0) * temperature
+        bounds = tl.maximum(_order(peak - depths), -2139095039)  # [4], at least the lowest finite float32
+        counts, masses = _at_least(logits_ptr, V, bounds, peak, inverse, SCALE, HALF)
+        low, inside, total = tl.min(bounds, axis=0), tl.max(counts, axis=0), tl.max(masses, axis=0)
+        if (k > 0) & (k < inside):
+            low, inside, total = _threshold(
+                logits_ptr, candidates_ptr, bounds, counts, masses, low, inside, total, k, peak, inverse, V,
+                False, SCALE, HALF, CANDIDATES,
+            )
         if p < 1.0:
-            lightest = (peak - 30.0 * temperature).to(tl.int32, bitcast=True)  # lower logits have no weight
-            low = tl.maximum(low, _ordered(lightest).to(tl.int64))
             need = tl.maximum((p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
-            low, _, total = _threshold(logits_ptr, low, inside, total, need, peak, inverse, V, True, SCALE, BLOCK_V)
+            low, inside, total = _threshold(
+                logits_ptr, candidates_ptr, bounds, counts, masses, low, inside, total, need, peak, inverse, V,
+                True, SCALE, HALF, CANDIDATES,
+            )
         # draw: the first token at which the sum of kept weights exceeds u times their total
         u = _uniform(tl.load(seeds_ptr + row), tl.load(counters_ptr + row))
         left = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
-        bound = _ordered(low.to(tl.int32)).to(tl.float32, bitcast=True)
+        bound = _float(low)
         start = token * 0
         while start < V:
-            x = _load(logits_ptr, start, V, BLOCK_V)  # [BV]
-            weight = tl.where(x >= bound, (tl.exp((x - peak) * inverse) * SCALE).to(tl.int64), 0)
+            x = _load(logits_ptr, start, V, HALF)  # [HALF]
+            weight = tl.where(x >= bound, _weight(x, peak, inverse, SCALE), 0)
             mass = tl.sum(weight, axis=0)
             if mass > left:
-                cols = start + tl.arange(0, BLOCK_V)
+                cols = start + tl.arange(0, HALF)
                 token = tl.min(tl.where(tl.cumsum(weight, axis=0) > left, cols, V), axis=0)
                 start = V
             else:
                 left -= mass
-                start += BLOCK_V
+                start += HALF
     tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(logprobs_ptr + row, tl.load(logits_ptr + token).to(tl.float32) - peak - log_total)
+    if logprobs_ptr is not None:  # under the raw logits
+        total = tl.zeros([BLOCK_V], dtype=tl.int64)
+        for start in range(0, V, BLOCK_V):
+            total += _weight(_load(logits_ptr, start, V, BLOCK_V), peak, 1.0, SCALE)
+        log_total = tl.log(tl.sum(total, axis=0).to(tl.float32) / SCALE)
+        tl.store(logprobs_ptr + row, tl.load(logits_ptr + token).to(tl.float32) - peak - log_total)
 
 
 def launch_config(V: int) -> LaunchConfig:
     """Settings for a row of V logits: 16 elements per thread, for enough loads in flight with few rows."""
     block = min(8192, max(2048, block_size(V)))
-    return LaunchConfig({"BLOCK_V": block}, num_warps=block // 512, maxnreg=128)
+    return LaunchConfig({"BLOCK_V": block, "CANDIDATES": block}, num_warps=block // 512, maxnreg=128)
 
 
 def _sample_triton(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, counters: Tensor,
+    with_logprobs: bool,
+) -> tuple[Tensor, Tensor | None]:
     N, V = logits.shape
+    config = launch_config(V)
     tokens = torch.empty(N, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(N, dtype=torch.float32, device=logits.device)
+    logprobs = torch.empty(N, dtype=torch.float32, device=logits.device) if with_logprobs else None
+    candidates = torch.empty(N, config.blocks["CANDIDATES"], dtype=torch.float32, device=logits.device)
     if N:
         sample_kernel[(N,)](
-            logits, temperature, top_k, top_p, seeds, counters, tokens, logprobs, V, logits.stride(0),
-            SCALE=SCALE, LIMIT=LIMIT, **launch_config(V).options(),
+            logits, temperature, top_k, top_p, seeds, counters, candidates, tokens, logprobs, V, logits.stride(0),
+            SCALE=SCALE, LIMIT=LIMIT, **config.options(),
         )
     return tokens, logprobs
 
@@ -312,7 +393,7 @@ def sample_tokens(
     drawn. temperature: float32 [N], 0 for the largest logit, the first of equals. top_k: int32 [N], 0 for all. top_p:
     float32 [N], 1 for all; at least one token is kept. seeds, counters: int64 [N], of any value: a row's token is a
     function of its logits, its settings and these two alone. logprobs are under the raw logits; with_logprobs False:
-    None on a CPU, where they cost more than a greedy token.
+    None, which saves a pass.
     A row that holds a NaN or inf, or nothing above -inf, has token -1 and logprob NaN. Raises ValueError on shapes and
     dtypes that do not match; settings that make no sense are the caller's to refuse.
     """
@@ -324,4 +405,5 @@ def sample_tokens(
     for name, x, dtype in zip(("temperature", "top_k", "top_p", "seeds", "counters"), args, dtypes, strict=True):
         if x.shape != (N,) or x.dtype != dtype or (N > 1 and x.stride(0) != 1):
             raise ValueError(f"sample_tokens: {name} must be {dtype} [{N}], not {x.dtype} {tuple(x.shape)}")
-    return _sample_triton(logits, *args) if use_triton(logits, *args) else _sample_cpu(logits, *args, with_logprobs)
+    backend = _sample_triton if use_triton(logits, *args) else _sample_cpu
+    return backend(logits, *args, with_logprobs)

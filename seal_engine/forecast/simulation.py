@@ -24,7 +24,7 @@ from seal_engine.types import LoraConfig
 from seal_kernels.cross_entropy import CHUNK_BYTES, chunk_tokens
 from seal_kernels.dispatch import ceil_div
 
-GREEDY_PASSES, TOP_P_PASSES = 2.5, 22.5  # over a row of logits, to draw a token
+GREEDY_PASSES, TOP_P_PASSES = 1.0, 3.5  # over a row of logits, to draw a token
 NARROW, LINK = "norms, rotary, SwiGLU, logits", "adapters between host and device"
 
 
@@ -214,7 +214,9 @@ class Simulation:
             running += admitted
             self.timeline.begin(f"{part}, {'prefill' if admitted else 'decode'}")
             self._fetch({sample.adapter for sample in admitted} & self.offloaded)
-            self.sampling_step(running, admitted, lora, sample_passes)
+            continued = sum(sample.left > 1 for sample in running)
+            ahead = continued > 0 and (not waiting or continued == MAX_NUM_SEQS)  # the next step is launched first
+            self.sampling_step(running, admitted, lora, sample_passes, waits=0 if ahead else 1)
             for sample in running:
                 sample.context, sample.left = sample.context + 1, sample.left - 1
             running = [sample for sample in running if sample.left]
@@ -226,7 +228,9 @@ class Simulation:
             self.timeline.phase(Count(torch=len(adapters)), (f"{LINK}: bandwidth", seconds))
             self.offloaded -= adapters
 
-    def sampling_step(self, running: list[Sample], admitted: list[Sample], lora: LowRank, sample_passes: float) -> None:
+    def sampling_step(
+        self, running: list[Sample], admitted: list[Sample], lora: LowRank, sample_passes: float, waits: int
+    ) -> None:
         """One token of each running sequence, and the prompts of those that are new."""
         base, N, phase, work = self.base, len(running), self.timeline.phase, self.timeline.work
         adapters = len({sample.adapter for sample in running if sample.adapter is not None})
@@ -246,7 +250,7 @@ class Simulation:
             phase(fill, *layers, graph_kernels=forward.torch + forward.triton)
         logits = (2 * base.element + 4 + 4 * sample_passes) * self.config.vocab_size * N
         head = work("lm_head", 2 * base.head * N, base.element * base.head)
-        phase(launches("sample", once=1), head, work("sampling", 0, logits))
+        phase(launches("sample", once=1)._replace(waits=waits), head, work("sampling", 0, logits))
         self.steps.append((tokens, N))
 
     def update(self, passages: Sequence[Passage]) -> None:

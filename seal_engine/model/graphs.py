@@ -60,11 +60,19 @@ class Graphs:
         """How many sizes there are."""
         return len(self._graphs)
 
-    def run(self, key: tuple, arrays: Sequence[np.ndarray], segments: Segments | None, compute: Compute) -> Tensor:
+    def run(
+        self,
+        key: tuple,
+        arrays: Sequence[np.ndarray],
+        segments: Segments | None,
+        compute: Compute,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
         """What compute returns, a tensor that the next call with this key overwrites.
 
         arrays: padded; compute gets them as tensors. key: everything that compute's launches depend on, beside the
-        shapes of arrays and the adapters.
+        shapes of arrays and the adapters. token_ids: on the device, over the first numbers of the first array; a token
+        that is -1, as none could be drawn, is computed as 0.
         """
         written = [*arrays]
         if segments is not None:
@@ -78,6 +86,8 @@ class Graphs:
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         graph.buffer.copy_(pack(written, pin_memory=self.device.type == "cuda")[0], non_blocking=True)
+        if token_ids is not None:
+            torch.clamp(token_ids, min=0, out=graph.tensors[0][: len(token_ids)])
         if segments is not None:
             _copy_factors(segments.lora, graph)
         if first_time or self._pool is None:  # compiles the kernels, which a capture must not do

@@ -20,12 +20,18 @@ class DecodeGraphs:
         self._graphs = Graphs(model.device)
 
     def hidden_states(
-        self, arrays: PagedArrays, keys: Tensor, values: Tensor, lora: LoraBatch | None, tokens: Sequence[int]
+        self,
+        arrays: PagedArrays,
+        keys: Tensor,
+        values: Tensor,
+        lora: LoraBatch | None,
+        tokens: Sequence[int],
+        token_ids: Tensor | None = None,
     ) -> Tensor:
         """Return Model.hidden_states of a step with one new token per sequence: [T, D], overwritten by the next call.
 
         lora: of the step's adapters, and maybe of others. tokens: how many of the step's tokens each of its segments
-        has.
+        has. token_ids: [T] on the device, in place of those of arrays.
         """
         T, M = arrays.block_tables.shape
         S, width = power_of_two(T), 4
@@ -37,4 +43,4 @@ class DecodeGraphs:
             return self.model.hidden_states(batch, lora)
 
         segments = None if lora is None else Segments(lora, tokens, num_segments=S, num_blocks=S)
-        return self._graphs.run((keys.data_ptr(),), arrays.padded(S, width), segments, compute)[:T]
+        return self._graphs.run((keys.data_ptr(),), arrays.padded(S, width), segments, compute, token_ids)[:T]

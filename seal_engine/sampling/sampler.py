@@ -23,15 +23,13 @@ from seal_engine.model.transformer import Model
 from seal_engine.sampling.decode_cache import DecodeCache
 from seal_engine.sampling.decode_graph import DecodeGraphs
 from seal_engine.sampling.detokenizer import Decode, Detokenizer
+from seal_engine.sampling.draw import Draw
 from seal_engine.sampling.kv_cache import KVCache
-from seal_engine.sampling.penalties import keep_min_p, penalize
 from seal_engine.sampling.requests import Delta, RequestOutput, SamplingParams
 from seal_engine.sampling.scheduler import Chunk, Request, Scheduler, Sequence
 from seal_engine.types import InputError, PagedArrays, is_integer
 from seal_kernels.contiguous_attention import DecodeRows
 from seal_kernels.cross_entropy import logprobs_of
-from seal_kernels.sampling import LIMIT, sample_tokens
-from seal_kernels.transfer import HostCopy, to_device
 
 
 class _StepAdapters(NamedTuple):
@@ -82,6 +80,7 @@ class Sampler:
         self._requests: dict[int, Request] = {}
         self._num_submitted = 0
         self._lora: _StepAdapters | None = None
+        self._ahead: Draw | None = None  # of the step that the last call of `step` launched ahead
 
     def add_request(
         self,
@@ -200,6 +199,7 @@ class Sampler:
                 if sequence.completion.finish_reason != "cancelled":
                     sequence.truncate(num_output_tokens)
             self.scheduler.reset(self._requests.values())
+            self._ahead = None
             if self.decode_cache is not None:
                 self.decode_cache.clear()
             self.num_done = sum(not request.unfinished for request in self._requests.values())
@@ -214,40 +214,73 @@ class Sampler:
     def step(self) -> list[Delta]:
         """Run the model once, over the next tokens of as many sequences as fit the budget; return what was sampled.
 
-        A step happens whole or not at all: after an exception, the next one begins where this one began.
+        On a GPU the next step is launched before this one's tokens are read, where it can be, so that the device
+        computes while the host appends them. A step happens whole or not at all: after an exception, the next one
+        begins where this one began.
         """
         saved: list[tuple[Sequence, int]] = []
         with self._repair(saved), on_device(self.model.device):
-            chunks = self.scheduler.schedule(self.token_budget)
-            several = {}  # requests of several samples, all of which may change
-            for sequence in (chunk.sequence for chunk in chunks):
-                if len(sequence.request.sequences) == 1:
-                    saved.append((sequence, len(sequence.completion.token_ids)))
-                else:
-                    several[sequence.request.request_id] = sequence.request
-            for request in several.values():
-                saved += [(sequence, len(sequence.completion.token_ids)) for sequence in request.unfinished]
-            deltas = self._compute(chunks) if chunks else []
+            draw = self._take_ahead(saved)
+            if draw is None:
+                chunks = self.scheduler.schedule(self.token_budget)
+                self._save([chunk.sequence for chunk in chunks], saved)
+                draw = self._compute(chunks) if chunks else None
+            deltas = []
+            if draw is not None:
+                self._ahead = self._launch_ahead(draw)
+                deltas = self._append(draw)
         if not self.busy:
-            self._lora = None  # which holds adapters
+            self._lora = self._ahead = None  # which hold adapters and tokens
         self.tokens_done += sum(len(delta.token_ids) for delta in deltas)
         return deltas
 
-    def _compute(self, chunks: list[Chunk]) -> list[Delta]:
-        """Compute what was scheduled, and sample the next token of each sequence that is computed to its end."""
-        self.cache.copy([chunk.block_copy for chunk in chunks if chunk.block_copy is not None])
-        chunks.sort(key=lambda chunk: getattr(chunk.sequence.request.adapter, "uid", 0))
-        decoding = [] if self.decode_cache is None else self.decode_cache.take(chunks)
-        arrays, keys, values = self._arrays(chunks, decoding), self.cache.keys, self.cache.values
-        decodes = self.graphs is not None and all(chunk.num_tokens == 1 for chunk in chunks)
-        lora, tokens = self._lora_batch(chunks, decodes)
-        if self.graphs is not None and decodes:
-            hidden = self.graphs.hidden_states(arrays, keys, values, lora, tokens)  # [T, D]
-        else:
-            hidden = self.model.hidden_states(arrays.batch(keys, values, decoding), lora)
-        if self.decode_cache is not None:
-            self.decode_cache.flush()
-        self.tokens_computed += len(hidden)
+    def _save(self, sequences: abc.Iterable[Sequence], saved: list[tuple[Sequence, int]]) -> None:
+        """Note down how many tokens these sequences have, and all samples of their requests, which may change, too."""
+        several = {}  # requests of several samples
+        for sequence in sequences:
+            if len(sequence.request.sequences) == 1:
+                saved.append((sequence, len(sequence.completion.token_ids)))
+            else:
+                several[sequence.request.request_id] = sequence.request
+        for request in several.values():
+            saved += [(sequence, len(sequence.completion.token_ids)) for sequence in request.unfinished]
+
+    def _take_ahead(self, saved: list[tuple[Sequence, int]]) -> Draw | None:
+        """The step that was launched ahead, if there is one, and if its K/V are still those of the current weights."""
+        draw, self._ahead = self._ahead, None
+        sequences = [] if draw is None else [sequence for sequence in draw.sequences if not sequence.finished]
+        if not sequences or not all(map(self.scheduler.is_current, sequences)):
+            return None
+        self._save(sequences, saved)
+        for sequence in sequences:
+            self.scheduler.mark_computed(sequence, 1)
+        return draw
+
+    def _launch_ahead(self, draw: Draw) -> Draw | None:
+        """Launch the step that computes the tokens of `draw`, which stay on the device; None where that cannot be.
+
+        A sequence that ends with such a token has computed it for nothing. The K/V of that token lie in a block that is
+        not full, so not in the prefix index; whoever gets the block writes it later, in the order of the stream.
+        """
+        if self.graphs is None:
+            return None
+        scheduler, alive = self.scheduler, [sequence for sequence in draw.sequences if not sequence.finished]
+        if len(alive) < len(scheduler.running):  # others are still computing their prompts
+            return None
+        continued = [s for s in alive if len(s.token_ids) + 1 < s.request.max_total_tokens]
+        if scheduler.waiting and len(continued) < scheduler.max_num_seqs:
+            return None  # the next step may admit some
+        if any(sequence.needs_last_token for sequence in continued):
+            return None
+        chunks = scheduler.reserve_ahead(continued, self.token_budget)
+        if not chunks:
+            return None
+        hidden = self._hidden_states(chunks, draw)
+        return Draw(self.model, hidden, range(len(chunks)), [chunk.sequence for chunk in chunks], unread=1)
+
+    def _compute(self, chunks: list[Chunk]) -> Draw | None:
+        """Compute what was scheduled, and draw the next token of each sequence that is computed to its end."""
+        hidden = self._hidden_states(chunks)
         ready: list[Sequence] = []  # those whose next token can be sampled
         rows: list[int] = []  # their last tokens' rows of `hidden`
         end = 0
@@ -258,7 +291,25 @@ class Sampler:
             newly_ready = self.scheduler.mark_computed(sequence, num_tokens)
             ready += newly_ready
             rows += [end - 1] * len(newly_ready)
-        return self._sample(hidden, rows, ready) if ready else []
+        return Draw(self.model, hidden, rows, ready, unread=0) if ready else None
+
+    def _hidden_states(self, chunks: list[Chunk], unread: Draw | None = None) -> Tensor:
+        """Sort the chunks by adapter and run the model over them: [T, D]. unread: has the tokens of a step ahead."""
+        self.cache.copy([chunk.block_copy for chunk in chunks if chunk.block_copy is not None])
+        chunks.sort(key=lambda chunk: getattr(chunk.sequence.request.adapter, "uid", 0))
+        decoding = [] if self.decode_cache is None else self.decode_cache.take(chunks)
+        arrays, keys, values = self._arrays(chunks, decoding), self.cache.keys, self.cache.values
+        decodes = self.graphs is not None and all(chunk.num_tokens == 1 for chunk in chunks)
+        lora, tokens = self._lora_batch(chunks, decodes)
+        if self.graphs is not None and decodes:
+            token_ids = None if unread is None else unread.tokens_of([chunk.sequence for chunk in chunks])
+            hidden = self.graphs.hidden_states(arrays, keys, values, lora, tokens, token_ids)
+        else:
+            hidden = self.model.hidden_states(arrays.batch(keys, values, decoding), lora)
+        if self.decode_cache is not None:
+            self.decode_cache.flush()
+        self.tokens_computed += len(hidden)
+        return hidden
 
     def _arrays(self, chunks: list[Chunk], decoding: list[DecodeRows]) -> PagedArrays:
         block_size = self.cache.pool.block_size
@@ -268,7 +319,7 @@ class Sampler:
         token_ids: list[int] = []
         for i, (sequence, num_tokens, _) in enumerate(chunks):
             tables[i, : len(sequence.block_table)] = sequence.block_table
-            token_ids += sequence.token_ids[starts[i] : starts[i] + num_tokens]
+            token_ids += sequence.token_ids[starts[i] : starts[i] + num_tokens] or [0]  # one that is not read yet
         bounds = np.concatenate([[0], counts.cumsum()])
         owner = np.repeat(np.arange(len(chunks)), counts)  # the chunk of each token
         positions = np.arange(bounds[-1]) - bounds[owner] + starts[owner]
@@ -332,26 +383,11 @@ class Sampler:
                 top.append(dict(zip(row_ids[1:], row_values[1:], strict=True)))
         return values, top
 
-    def _sample(self, hidden: Tensor, rows: list[int], sequences: list[Sequence]) -> list[Delta]:
-        """Sample the next token of each sequence from its row of the hidden states [T, D], and append it."""
-        params = [sequence.request.params for sequence in sequences]
-        vocab_size = self.model.config.vocab_size
-        last_tokens, *settings = to_device(
-            hidden.device,
-            np.array(rows),
-            np.array([min(p.temperature, LIMIT) for p in params], dtype=np.float32),
-            np.array([min(max(0, p.top_k), vocab_size) for p in params], dtype=np.int32),
-            np.array([p.top_p for p in params], dtype=np.float32),
-            np.array([sequence.seed for sequence in sequences]),
-            np.array([len(sequence.completion.token_ids) for sequence in sequences]),
-        )
-        logits = self.model.logits(hidden.index_select(0, last_tokens))  # [N, V]
-        adjusted = self._adjust_logits(logits, sequences)
-        tokens, _ = sample_tokens(adjusted, *settings, with_logprobs=False)
-        logprobs, top_logprobs = self._logprobs(logits, tokens, sequences)
+    def _append(self, draw: Draw) -> list[Delta]:
+        """Append the drawn tokens to their sequences."""
         deltas = []
-        for i, (sequence, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):
-            if sequence.finished:  # a hook cancelled its request, or another sequence has just failed it
+        for sequence, token, logprob, top_logprobs in draw.read():
+            if sequence.finished:  # it ended or was cancelled since, or another sequence has just failed its request
                 continue
             request, completion = sequence.request, sequence.completion
             if token < 0 and request.output.error is None:
@@ -360,59 +396,12 @@ class Sampler:
                 self._abort(request, None)
                 deltas.append(Delta(request.request_id, completion.index, [], "", None, request.output.error))
                 continue
-            if completion.logprobs is not None:
-                completion.logprobs.append(logprobs[i])
-            if completion.top_logprobs is not None:
-                completion.top_logprobs.append(top_logprobs[i])
+            if completion.logprobs is not None and logprob is not None:
+                completion.logprobs.append(logprob)
+            if completion.top_logprobs is not None and top_logprobs is not None:
+                completion.top_logprobs.append(top_logprobs)
             deltas.append(self._append_token(sequence, token))
         return deltas
-
-    def _adjust_logits(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
-        """Apply hooks, min_tokens, penalties and min_p. Returns the logits, a copy if any row changed."""
-        adjusted = logits
-        for i, sequence in enumerate(sequences):
-            request, output_ids = sequence.request, sequence.completion.token_ids
-            params, hook = request.params, request.params.logits_hook
-            stop_ids = request.stop_ids if len(output_ids) < params.min_tokens else ()  # not to be sampled yet
-            if not (hook or stop_ids or params.penalizes or params.min_p):
-                continue
-            if adjusted is logits:
-                adjusted = logits.clone()
-            if hook:
-                try:
-                    adjusted[i] = hook(list(output_ids), adjusted[i].clone())
-                except Exception as error:
-                    request.output.error = f"logits_hook: {type(error).__name__}: {error}"
-            if stop_ids:
-                adjusted[i, [token for token in stop_ids if 0 <= token < logits.shape[1]]] = float("-inf")
-            if params.penalizes:
-                adjusted[i] = penalize(adjusted[i].float(), request.output.prompt_token_ids, output_ids, params)
-            if params.min_p:
-                adjusted[i] = keep_min_p(adjusted[i], params)
-        return adjusted
-
-    def _logprobs(
-        self, logits: Tensor, tokens: Tensor, sequences: list[Sequence]
-    ) -> tuple[dict[int, float], dict[int, dict[int, float]]]:
-        """For each row whose request asks for them, the log-probabilities of its token and of the most likely ones.
-
-        They are the model's own, before hooks and filters, and one computation: a token that is among the most likely
-        ones has one number.
-        """
-        wanted = [sequence.request.params.logprobs for sequence in sequences]
-        counts = {i: count for i, count in enumerate(wanted) if count is not None}
-        if not counts:
-            return {}, {}
-        (rows,) = to_device(logits.device, np.array(list(counts)))
-        logits, tokens = logits[rows], tokens[rows, None].clamp_min(0)
-        k = min(max(counts.values()), logits.shape[1])
-        ids = torch.cat([tokens, logits.topk(k, dim=1).indices], 1)  # [rows, 1 + k]
-        on_host = HostCopy(ids), HostCopy(logprobs_of(logits, ids))
-        own, top = {}, {}
-        for (i, count), row_ids, row_values in zip(counts.items(), *(copy.tolist() for copy in on_host), strict=True):
-            own[i] = row_values[0]
-            top[i] = dict(zip(row_ids[1 : 1 + count], row_values[1 : 1 + count], strict=True))
-        return own, top
 
     def _append_token(self, sequence: Sequence, token: int) -> Delta:
         """Append a token to the sequence, and finish the sequence at a stop or at its length."""

@@ -82,6 +82,13 @@ class Sequence:
             self.detokenizer.replay(output_ids)
 
     @property
+    def needs_last_token(self) -> bool:
+        """Whether what is sampled after the next token depends on that token, and not on its K/V alone."""
+        params = self.request.params
+        is_short = len(self.completion.token_ids) + 1 < params.min_tokens  # stop ids are not to be sampled yet
+        return params.logits_hook is not None or params.penalizes or is_short
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens to compute before the next one can be sampled; 0 only while it is being sampled."""
         return len(self.token_ids) - self.num_computed_tokens
@@ -139,6 +146,17 @@ class Scheduler:
                 sequence.num_computed_tokens -= 1
         self._admit(token_budget)
         return self._reserve_blocks(token_budget)
+
+    def is_current(self, sequence: Sequence) -> bool:
+        """Whether a sequence runs, with K/V of the weights as they are now."""
+        return sequence in self.running and sequence.cache_namespace == self._current_namespace(sequence)
+
+    def reserve_ahead(self, sequences: abc.Sequence[Sequence], token_budget: int) -> list[Chunk]:
+        """Reserve blocks for the next token of sequences whose tokens are all computed; [] if it takes preemption."""
+        if len(sequences) > min(token_budget, self.pool.num_available):  # each may need a block
+            return []
+        chunks = [self._allocate(sequence, 1) for sequence in sequences]
+        return [chunk for chunk in chunks if chunk is not None]
 
     def mark_computed(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
         """Record that the next tokens have been computed. Returns the sequences that can sample from the last one."""

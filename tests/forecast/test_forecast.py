@@ -113,14 +113,14 @@ def test_bytes_by_hand(nothing_assumed):
 
     Low-rank products also read and write activations: 2 bytes of 16 inputs and twice 32 outputs forward, of three times
     16 and twice 32 backward, a token. Decoding: three steps read layer and head (2 bytes each), the K/V of 4, 5 and 6
-    tokens (64 bytes each), and make three rows of 64 logits (2 + 2 + 4 bytes, and 22.5 passes of 4); activations of a
+    tokens (64 bytes each), and make three rows of 64 logits (2 + 2 + 4 bytes, and 3.5 passes of 4); activations of a
     token are 2 x (2 x 32) for attention and 2 x (8 x 16 + 2 x 32 + 3 x 32) for the rest.
     """
     rows = seconds(matrix_rate=1e30, copy_rate=1.0)
     assert rows["training", "optimizer"] == pytest.approx(36 * 2048 * 60)
     activations = 2 * ((16 + 64) + (48 + 64)) * 210
     assert rows["training", "low-rank products"] == pytest.approx(16 * 2048 * 60 + activations)
-    step = 2 * (2560 + 1024) + 64 * (2 + 2 + 4 + 90) + 2 * 64 + 2 * (128 + 64 + 96)
+    step = 2 * (2560 + 1024) + 64 * (2 + 2 + 4 + 14) + 2 * 64 + 2 * (128 + 64 + 96)
     assert rows["sampling", "decode"] == pytest.approx(3 * step + 64 * (4 + 5 + 6))
 
 

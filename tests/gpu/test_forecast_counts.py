@@ -105,10 +105,12 @@ def sampling_step(recorder, steps_before=3, layers=1, groups=0) -> Phases:
     """The prompts' step with steps_before 0, a replay of a graph with 3; two sequences, each with its adapter."""
     own = engine(layers)
     sampler = own.sampler(num_blocks=8)
+    # With one token to sample, no step is launched ahead of the prompts' tokens.
+    params = SamplingParams(temperature=0, max_tokens=8 if steps_before else 1, ignore_eos=True)
     for seed in range(2):
         lora = LoraConfig(r=8, target_modules=TARGETS[groups]) if groups else None
         adapter = None if lora is None else own.create_adapter(lora, seed)
-        sampler.add_request(None, [1, 2, 3], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), adapter)
+        sampler.add_request(None, [1, 2, 3], params, adapter)
     for _ in range(steps_before):
         sampler.step()
     return recorder.count(sampler.step, "batch")

@@ -225,6 +225,50 @@ def test_random_numbers_are_splitmix():
     assert uniform(seeds, counters).tolist() == want
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.95), (9000, 1.0), (12_000, 0.99)], ids=["top-p", "top-k", "both"])
+def test_thresholds_among_more_logits_than_are_gathered(top_k, top_p, dtype):
+    """8,192 logits are gathered; of 20,000 near ones, in bfloat16 with many equal, some 9,000 and more are kept."""
+    torch.manual_seed(8)
+    logits = torch.randn(3, 20_000).to(DEVICE, dtype)
+    logits[2] = (logits[2] > 2.0).to(dtype)  # two values
+    for temperature in (1.0, 5.0):
+        check(logits, settings(3, temperature, top_k, top_p))
+
+
+ROWS = {  # of 152,064 logits -> the passes over them that top-p may make
+    "a few hundred likely tokens": (lambda x: torch.cat([torch.linspace(22, 8, 300), 2 * x[300:]]), 3.1),
+    "one token has nearly all": (lambda x: torch.cat([torch.tensor([30.0]), 2 * x[1:]]), 2.1),
+    "13,000 likely tokens": (lambda x: 3 * x, 6.0),
+    "all equal": (lambda x: 0 * x, 3.0),
+}
+
+
+@pytest.mark.skipif(not INTERPRET, reason="counts what a kernel reads in the interpreter")
+@pytest.mark.parametrize(("row", "most"), ROWS.values(), ids=ROWS)
+def test_a_row_is_read_few_times(monkeypatch, row, most):
+    """Bisection of the threshold's bits alone would take 20 to 34 passes. Log-probabilities take one more."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    logits = row(torch.randn(152_064, generator=torch.Generator().manual_seed(0)))[None]
+    first, load, elements = logits.data_ptr(), InterpreterBuilder.create_masked_load, 0
+
+    def counted_load(self, pointers, mask, *args):
+        nonlocal elements
+        elements += int((mask.data & (first <= pointers.data) & (pointers.data < first + logits.nbytes)).sum())
+        return load(self, pointers, mask, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    args = settings(1, top_p=0.95, seeds=[3])
+    tokens, logprobs = sample_tokens(logits, *args, with_logprobs=False)
+    without, elements = elements, 0
+    assert logprobs is None
+    assert without <= most * logits.numel()
+    again, _ = sample_tokens(logits, *args)
+    assert elements == without + logits.numel() + 1  # and the drawn token's
+    assert torch.equal(tokens, again)
+
+
 @pytest.mark.skipif(ON_TORCH, reason="compares the kernel with the host")
 def test_the_kernel_draws_the_same_random_numbers():
     """With 2^12 equal logits the token is the leading 12 bits."""
@@ -269,8 +313,10 @@ def test_wrong_logits_are_refused(logits):
 @pytest.mark.parametrize("V", [152_064, 50_257, 1000])
 @pytest.mark.parametrize("sm", SM)
 def test_compile_gate(sm, V, dtype):
+    """Without log-probabilities, as the sampler launches it, and with them."""
     args = {"logits_ptr": dtype, "temperature_ptr": torch.float32, "top_k_ptr": torch.int32, "top_p_ptr": torch.float32}
-    args |= dict.fromkeys(("seeds_ptr", "counters_ptr", "tokens_ptr"), torch.int64) | {"logprobs_ptr": torch.float32}
+    args |= dict.fromkeys(("seeds_ptr", "counters_ptr", "tokens_ptr"), torch.int64)
+    args |= {"candidates_ptr": torch.float32, "logprobs_ptr": torch.float32 if V == 1000 else None}
     args |= {"V": V, "stride_n": V, "SCALE": SCALE, "LIMIT": LIMIT, **launch_config(V).options()}
     made = gate(sample_kernel, sm, args, disassemble=V == 152_064)
     assert V != 152_064 or "LDG.E.128" in made.sass

@@ -9,6 +9,7 @@ from sampling_cases import params, random_adapter, tokens
 
 import oracle
 from seal_engine import Engine
+from seal_engine.sampling import draw as draw_module
 from seal_engine.sampling import sampler as sampler_module
 
 PROMPTS = oracle.sequences([3, 40, 17], seed=7)
@@ -71,8 +72,8 @@ def test_a_penalty_changes_what_is_sampled(sharp):
 
 def test_neutral_values_change_nothing(sharp, monkeypatch):
     """Neither the tokens nor what is computed: no row of logits is copied."""
-    monkeypatch.delattr(sampler_module, "penalize")
-    monkeypatch.delattr(sampler_module, "keep_min_p")
+    monkeypatch.delattr(draw_module, "penalize")
+    monkeypatch.delattr(draw_module, "keep_min_p")
     neutral = dict(frequency_penalty=0, presence_penalty=0.0, repetition_penalty=1, min_p=0.0)
     fields = dict(temperature=1.0, seed=3)
     plain = sharp.generate(PROMPTS, params(**fields), progress=False)
