@@ -128,19 +128,19 @@ def _add_training_routes(router: APIRouter, tinker: TinkerService) -> None:
         return tinker.forward_backward(await asyncio.to_thread(parse, *read) if large else parse(*read)).submitted
 
     @router.post("/optim_step")
-    async def optim_step(body: schemas.OptimStep) -> dict[str, Any]:
+    async def optim_step(body: schemas.Numbered) -> dict[str, Any]:
         return tinker.optim_step(body).submitted
 
     @router.post("/save_weights")
-    async def save_weights(body: schemas.SaveWeights) -> dict[str, Any]:
+    async def save_weights(body: schemas.Numbered) -> dict[str, Any]:
         return tinker.save_weights(body).submitted
 
     @router.post("/load_weights")
-    async def load_weights(body: schemas.LoadWeights) -> dict[str, Any]:
+    async def load_weights(body: schemas.Load) -> dict[str, Any]:
         return tinker.load_weights(body).submitted
 
     @router.post("/save_weights_for_sampler")
-    async def save_weights_for_sampler(body: schemas.SaveWeightsForSampler) -> dict[str, Any]:
+    async def save_weights_for_sampler(body: schemas.Numbered) -> dict[str, Any]:
         return tinker.save_weights_for_sampler(body).submitted
 
 
