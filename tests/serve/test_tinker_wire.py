@@ -146,11 +146,12 @@ def test_a_request_whose_fields_are_wrong_has_had_its_turn(wire):
     will never send another of its number."""
     model_id = wire.model()
     wrong = [
-        ("/optim_step", dict(adam_params={"learning_rate": None}), "adam_params.learning_rate: "),  # NaN, as JSON has it
+        ("/optim_step", dict(adam_params={"learning_rate": None}), "adam_params.learning_rate: "),  # as NaN is sent
         ("/save_weights", dict(path="a", ttl_seconds=0), "ttl_seconds: "),
         ("/save_weights_for_sampler", dict(path=7), "path: "),
         ("/load_weights", dict(path="/etc", optimizer=False), "path: found '/etc'"),
         ("/load_weights", dict(optimizer=False), "path: "),
+        ("/save_weights_external", dict(path="a"), "save_weights_external: not supported; save_weights_for_"),
     ]
     for seq_id, (route, fields, message) in enumerate(wrong, 1):
         submitted = wire.post(route, model_id=model_id, seq_id=seq_id, **fields)

@@ -28,6 +28,11 @@ def make_tinker_routes(service: Service) -> APIRouter:
     _add_training_routes(router, service.tinker)
     _add_sampling_routes(router, service)
     _add_checkpoint_routes(router, service.tinker)
+
+    @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
+    async def unknown(path: str) -> None:
+        raise ApiError(404, f"/api/v1/{path:.100}: not supported here; docs/tinker.md says what to do instead")
+
     return router
 
 
@@ -142,6 +147,10 @@ def _add_training_routes(router: APIRouter, tinker: TinkerService) -> None:
     @router.post("/save_weights_for_sampler")
     async def save_weights_for_sampler(body: schemas.Numbered) -> dict[str, Any]:
         return tinker.save_weights_for_sampler(body).submitted
+
+    @router.post("/save_weights_external")
+    async def save_weights_external(body: schemas.Numbered) -> dict[str, Any]:
+        return tinker.save_weights_external(body).submitted
 
 
 def _add_sampling_routes(router: APIRouter, service: Service) -> None:

@@ -90,7 +90,7 @@ class OfModel(Body):
 
 
 class Numbered(Unread):
-    """POST /optim_step, /save_weights and /save_weights_for_sampler."""
+    """POST /optim_step and /save_weights*."""
 
     model_id: str
 

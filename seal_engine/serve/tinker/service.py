@@ -286,6 +286,15 @@ class TinkerService:
 
         return model.submit(body.seq_id, "save_weights_for_sampler", save)
 
+    def save_weights_external(self, body: schemas.Numbered) -> Promise:
+        """Refuse an export, in the order of the model's requests."""
+
+        async def refuse() -> Reply:
+            advice = "each checkpoint's directory below --tinker-dir already is an adapter in PEFT's format"
+            raise InputError(f"save_weights_external: not supported; save_weights_for_sampler works: {advice}")
+
+        return self.model(body.model_id).submit(body.seq_id, "save_weights_external", refuse)
+
     async def _save(self, model: TrainedModel, kind: str, body: schemas.SaveWeights, stored: Stored) -> Reply:
         path = self.checkpoints.path_for(model.model_id, kind, body.path)
         stored.info = {**stored.info, "user_metadata": body.user_metadata}
