@@ -236,6 +236,7 @@ def test_a_session_that_ends_is_gone(end, engine, tmp_path):
 REFUSED = {
     "no such model": (dict(base_model="gpt"), r"base_model: found 'gpt'"),
     "rank 0": (dict(lora_config={"rank": 0}), r"lora_config.rank"),
+    "rank beyond the width": (dict(lora_config={"rank": 65536}), r"lora_config.rank: found 65536; accepted: 1 to \d+"),
     "unembed alone": (dict(lora_config={"rank": 2, "train_attn": False, "train_mlp": False}), r"unembedding"),
     "another optimizer": (dict(optimizer_config={"type": "dimuon"}), r"optimizer_config.type: found 'dimuon'"),
     "no config": (dict(lora_config=None), r"lora_config"),

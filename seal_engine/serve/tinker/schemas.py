@@ -59,7 +59,7 @@ class Heartbeat(Body):
 class Lora(Body):
     """What is to be trained. The SDK's default has train_unembed, which trains nothing here."""
 
-    rank: Annotated[int, Field(ge=1, le=2**16)]
+    rank: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     train_unembed: bool = True
     train_mlp: bool = True

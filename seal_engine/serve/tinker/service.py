@@ -163,6 +163,8 @@ class TinkerService:
         kind = body.optimizer_config.type
         require(kind == "adamw", "optimizer_config.type", kind, "'adamw'")
         lora, seed = body.lora_config, body.lora_config.seed
+        width = self.worker.engine.config.hidden_size
+        require(lora.rank <= width, "lora_config.rank", lora.rank, f"1 to {width}, the width of the model")
         config = ModelConfig(
             body.base_model,
             lora.rank,
