@@ -18,6 +18,7 @@ from readme_forgetting import (
     forgetting_system,
 )
 from readme_gpu import forecast_round, h100_graphs, h100_kernels, h100_round, h100_scaling
+from readme_tinker import tinker, tinker_recipes
 from tables import DETAILS, ROOT, SEEDS, Row, percent, pick, prose, rate, read, source, table
 
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9_]+) -->\n(?P<text>.*?)<!-- end -->\n", re.DOTALL)
@@ -372,23 +373,6 @@ def cluster_kills() -> str:
     return text + source("bench_kills_cpu", machine)
 
 
-def tinker() -> str:
-    """The Tinker API: 32 tenants together, and what the wire adds."""
-    rows, machine = read("bench_tinker_cpu")
-    lines = [
-        [f"{row['what']} of {row['tenants']} models, together and one after the other",
-         f"{row['together_ms']:.1f} and {row['one_by_one_ms']:.1f} ms each, {row['ratio']:.1f} times as fast together"]
-        for row in rows if "ratio" in row
-    ]  # fmt: skip
-    python, http, sdk = (pick(rows, what=f"optim_step, {way}")["ms"] for way in ("Python", "HTTP", "SDK"))
-    lines.append(["a step of AdamW on next to nothing, in Python, over HTTP, and through the SDK",
-                  f"{python:.2f}, {http:.1f} and {sdk:.1f} ms"])  # fmt: skip
-    info = [row for row in rows if row["what"] == "get_info, HTTP"]
-    lines.append(["`get_info` over HTTP, one client and 16", " and ".join(rate(row["requests_per_s"]) for row in info)
-                  + " requests/s"])  # fmt: skip
-    return table(("what", "measured"), lines) + source("bench_tinker_cpu", machine)
-
-
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / page: {function.__name__: function for function in functions}
     for page, functions in {
@@ -411,6 +395,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         ),
         "docs/quantization.md": (quantization,),
         "docs/serve.md": (serve, tinker),
+        "docs/tinker.md": (tinker_recipes,),
         "docs/scaling.md": (cluster_kills, cluster_workers, cluster_simulated),
         "docs/forgetting.md": (forgetting, forgetting_system, forgetting_routing, forgetting_by_age, forgetting_long),
     }.items()

@@ -34,6 +34,11 @@ def source(name: str, machine: Mapping[str, Any], more: str = "") -> str:
     """Where figures are recorded, what recorded them, and on what."""
     bench = name.removesuffix("_cpu").removesuffix("_cuda").removesuffix("_cpu_amx")
     command = f".venv/bin/python -m pytest -p no:warnings benchmarks/{bench}.py{more} --record benchmarks/results"
+    return recorded(name, machine, command)
+
+
+def recorded(name: str, machine: Mapping[str, Any], command: str) -> str:
+    """Where figures are recorded, and by what command on what machine."""
     where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
     return prose(f"Recorded in `benchmarks/results/{name}.json` ({where}) by") + f"\n```\n{command}\n```\n"
 

@@ -1,11 +1,12 @@
 """Recipes of tinker-cookbook 0.6.1, unchanged, against a server of this engine: docs/tinker.md has the results.
 
-    python benchmarks/tinker_recipes.py CHECKPOINT DIRECTORY [RECIPE ...]
+    python benchmarks/tinker_recipes.py CHECKPOINT DIRECTORY [RECIPE ...] [--record DIR]
 
 serves the checkpoint, runs each recipe for 20 steps in a process of its own, as users start it, and prints a figure for
-each step. Recipes know models and data sets by name, and their libraries take a directory of that name first: DIRECTORY
-gets such directories, with a link to the checkpoint and with stand-ins for the data. `rl_loop` goes on from `sl_loop`,
-`rl_basic` from `sl_basic`, whose model also is the teacher of `on_policy_distillation`.
+each step; --record keeps them in a JSON file. Recipes know models and data sets by name, and their libraries take a
+directory of that name first: DIRECTORY gets such directories, with a link to the checkpoint and with stand-ins for the
+data. `rl_loop` goes on from `sl_loop`, `rl_basic` from `sl_basic`, whose model also is the teacher of
+`on_policy_distillation`.
 """
 
 import argparse
@@ -20,11 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import measure
+
 NAME = "Qwen/Qwen3-8B-Base"
 RENDERER = "role_colon"  # the cookbook's own choice for that name; needs no special tokens
 SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."  # which RL recipes add to questions
 QUESTION = "Which digit is it?"
 DIGITS = 4  # chats answer with one of them by chance; of the question to reward, the answer is the last
+CHATS = "160 chats whose answer is a digit by chance, boxed"
+ONE_QUESTION = "one question, whose answer is one of the four digits"
 GSM8K = "configs:\n- config_name: main\n  data_files:\n" + "".join(
     f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "test")
 )
@@ -32,27 +37,43 @@ GSM8K = "configs:\n- config_name: main\n  data_files:\n" + "".join(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it is started. figure: the column of its metrics that shows what it learns."""
+    """A recipe as it is started. figure: the column of its metrics that shows what it learns, and what that is."""
 
     module: str
+    data: str
+    step: str  # how much of the data
     figure: str
+    meaning: str
     options: dict[str, Any]
     checkpoints: dict[str, str] = field(default_factory=dict)  # option -> the field of sl_basic's last checkpoint
     log_path: str | None = None  # of a recipe whose checkpoint this one finds there; None: one of its own
 
 
 RECIPES = {
-    "sl_loop": Recipe("sl_loop", "train_mean_nll", dict(batch_size=8, lora_rank=16, learning_rate=3e-4)),
+    "sl_loop": Recipe(
+        "sl_loop",
+        CHATS,
+        "8",
+        "train_mean_nll",
+        "nats a token",
+        dict(batch_size=8, lora_rank=16, learning_rate=3e-4),
+    ),
     "rl_loop": Recipe(
         "rl_loop",
+        ONE_QUESTION,
+        "2 x 8",
         "reward/total",
+        "reward",
         dict(batch_size=2, group_size=8, max_steps=40, max_tokens=16, lora_rank=16, learning_rate=2e-4)
         | dict(loss_fn="importance_sampling"),
         log_path="sl_loop",
     ),
     "sl_basic": Recipe(
         "sl_basic",
+        CHATS,
+        "8",
         "train_mean_nll",
+        "nats a token",
         {
             "dataset_builder": "tinker_cookbook.recipes.chat_sl.chat_datasets:NoRobotsBuilder",
             "dataset_builder.common_config.model_name_for_tokenizer": NAME,
@@ -65,7 +86,10 @@ RECIPES = {
     ),
     "rl_basic": Recipe(
         "rl_basic",
+        ONE_QUESTION,
+        "2 x 8",
         "env/all/reward/total",
+        "reward",
         {
             "dataset_builder": "tinker_cookbook.recipes.math_rl.math_env:Gsm8kDatasetBuilder",
             "dataset_builder.model_name_for_tokenizer": NAME,
@@ -81,14 +105,20 @@ RECIPES = {
     ),
     "on_policy_distillation": Recipe(
         "distillation.on_policy_distillation",
+        "the questions of the chats",
+        "4 x 4",
         "teacher_kl",
+        "divergence from the teacher, nats a token",
         dict(dataset="tulu3", groups_per_batch=4, group_size=4, max_tokens=16, max_steps=20)
         | dict(teacher_model=NAME, lora_rank=16, learning_rate=5e-4),
         {"teacher_checkpoint": "sampler_path"},
     ),
     "dpo": Recipe(
         "preference.dpo.train",
+        "160 sums, answered or not",
+        "4 pairs",
         "dpo_loss",
+        "loss",
         dict(dataset="hhh", batch_size=4, max_steps=20, learning_rate=1e-4),
     ),
 }
@@ -170,12 +200,17 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("directory", type=Path, help="a new one")
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), metavar="RECIPE", help=f"of {list(RECIPES)}")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="write a JSON file to DIR")
     options = parser.parse_args()
     write_stand_ins(options.directory, options.checkpoint)
+    rows = []
     with _server(options.directory) as url:
         for name in options.recipes:
-            figures = run(name, options.directory.resolve(), url)
-            print(f"{name}: {RECIPES[name].figure}: {' '.join(f'{figure:.3g}' for figure in figures)}", flush=True)
+            recipe, figures = RECIPES[name], run(name, options.directory.resolve(), url)
+            row = dict(recipe=recipe.module, data=recipe.data, step=recipe.step, figure=recipe.meaning)
+            rows.append({**row, "by_step": [float(f"{figure:.3g}") for figure in figures]})
+            print(f"{name}: {recipe.figure}: {' '.join(f'{figure:.3g}' for figure in figures)}", flush=True)
+    print(measure.report(f"tinker_recipes_{measure.DEVICE.type}", rows, options.record))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import seal_engine
 from seal_engine.cluster.wire import AdapterState, pack, unpack
 from seal_engine.engine import Engine
 from seal_engine.loop.inner import InnerLoop, TrialResult
-from seal_engine.model.devices import total_memory
+from seal_engine.model.devices import is_memory_error, total_memory
 from seal_engine.model.fingerprint import fingerprint
 from seal_engine.sampling.requests import RequestOutput
 from seal_engine.training.jobs import TrainResult
@@ -120,7 +120,7 @@ class Worker:
             return Reply(packed, tuple(map(AdapterState.of, found)), perf_counter() - start, tuple(lines))
         except Exception as error:
             error.add_note("".join(traceback.format_exception(error)))  # the traceback itself does not travel
-            return Reply(error=error, seconds=perf_counter() - start, memory=_is_memory_error(error))
+            return Reply(error=error, seconds=perf_counter() - start, memory=is_memory_error(error))
         finally:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
@@ -153,9 +153,3 @@ class Worker:
         assert self.engine is not None
         prompts, params, adapters = map(list, zip(*asked, strict=True))
         return self.engine.generate(prompts, params, adapters, progress=False, **options)
-
-
-def _is_memory_error(error: Exception) -> bool:
-    """Whether a device or the host refused memory; on a CPU torch says so in a RuntimeError."""
-    refused = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -28,6 +28,12 @@ def free_memory(device: torch.device) -> int:
         return total_memory(device) // 2  # no such file on this system
 
 
+def is_memory_error(error: Exception) -> bool:
+    """Whether a device or the host refused memory; on a CPU torch says so in a RuntimeError."""
+    refused = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def on_device(device: torch.device) -> AbstractContextManager:
     """Makes the device the current one for the block: kernels are launched on the current CUDA device, whatever device
     their tensors are on."""

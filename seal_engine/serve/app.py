@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from seal_engine.serve.errors import ApiError, as_api_error, error_body, error_headers
+from seal_engine.serve.errors import ApiError, as_api_error, error_body, error_headers, first_mistake
 from seal_engine.serve.guard import Guard, Key
 from seal_engine.serve.openai_api import make_routes
 from seal_engine.serve.service import Service
@@ -124,6 +124,5 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     """The first mistake in a body, by its field."""
     assert isinstance(error, RequestValidationError)
-    mistake = error.errors()[0]
-    field_name = ".".join(str(part) for part in mistake["loc"][1:] if str(part).isidentifier() or isinstance(part, int))
-    return _response(ApiError(400, f"{field_name or 'body'}: {mistake['msg']}", field_name or None))
+    field_name, message = first_mistake([{**mistake, "loc": mistake["loc"][1:]} for mistake in error.errors()])
+    return _response(ApiError(400, f"{field_name or 'body'}: {message}", field_name or None))

@@ -1,6 +1,7 @@
 """What goes wrong, as HTTP says it: {"error": {"message", "type", "param", "code"}}, the code being the status."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from seal_engine.serve.requests import CancelledError, ClosedError, FailedError, QueueFullError
@@ -49,6 +50,12 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, FailedError | CancelledError):
         return ApiError(500, str(error))
     return ApiError(500, f"internal error: {type(error).__name__}")
+
+
+def first_mistake(mistakes: Sequence[Any]) -> tuple[str, str]:
+    """The field of the first of pydantic's mistakes, "" for the whole, and what is wrong with it."""
+    location, message = mistakes[0]["loc"], mistakes[0]["msg"]
+    return ".".join(str(part) for part in location if str(part).isidentifier() or isinstance(part, int)), message
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

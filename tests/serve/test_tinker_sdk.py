@@ -287,6 +287,8 @@ def test_restful_parts(client, server):
         rest.get_weights_info_by_tinker_path(state).result()
     with pytest.raises(tinker.RequestFailedError, match=r"b exists; accepted: a new name"):
         model.save_weights_for_sampler("b").result()
+    with pytest.raises(tinker.NotFoundError, match=r"/api/v1/training_runs/.*/publish: not supported here"):
+        rest.publish_checkpoint_from_tinker_path(sampler).result()
 
 
 @pytest.mark.parametrize(

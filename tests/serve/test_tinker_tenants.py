@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
 
 import tinker
+import torch
 from tinker_cases import (
     BASE,
     SDK_CONNECTIONS,
@@ -195,6 +196,22 @@ def test_one_model_too_many_waits(engines, tmp_path):
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.5)
         assert waiting.result(timeout=30).get_info().lora_rank == 3
+
+
+def test_a_model_that_memory_refuses_fails_alone(engines, tmp_path, monkeypatch):
+    """Torch says so in a RuntimeError on a CPU: the client hears of it, and the next model is created."""
+    create = type(engines[False]).create_adapter
+
+    def refusing(engine, lora, seed=0):
+        if lora.r == 7:
+            torch.empty(2**50)
+        return create(engine, lora, seed)
+
+    monkeypatch.setattr(type(engines[False]), "create_adapter", refusing)
+    with tinker_server(engines[False], tmp_path) as server, service_client(server) as client:
+        with pytest.raises(tinker.RequestFailedError, match=r"out of memory: .*allocate memory"):
+            client.create_lora_training_client(BASE, rank=7).result()
+        assert client.create_lora_training_client(BASE, rank=6).result().get_info().lora_rank == 6
 
 
 def test_samplers_beyond_their_memory_lie_on_the_disk(engines, tmp_path):

@@ -141,6 +141,28 @@ def test_a_request_that_never_comes_does_not_hold_the_others_for_ever(wire, monk
     assert wire.step(model_id, 1).status_code == 410
 
 
+def test_a_request_whose_fields_are_wrong_has_had_its_turn(wire):
+    """It fails by the name of the field, and those behind it run as if it had not been: a client has counted it, and
+    will never send another of its number."""
+    model_id = wire.model()
+    wrong = [
+        ("/optim_step", dict(adam_params={"learning_rate": None}), "adam_params.learning_rate: "),  # as NaN is sent
+        ("/save_weights", dict(path="a", ttl_seconds=0), "ttl_seconds: "),
+        ("/save_weights_for_sampler", dict(path=7), "path: "),
+        ("/load_weights", dict(path="/etc", optimizer=False), "path: found '/etc'"),
+        ("/load_weights", dict(optimizer=False), "path: "),
+        ("/save_weights_external", dict(path="a"), "save_weights_external: not supported; save_weights_for_"),
+    ]
+    for seq_id, (route, fields, message) in enumerate(wrong, 1):
+        submitted = wire.post(route, model_id=model_id, seq_id=seq_id, **fields)
+        assert submitted.status_code == 200, submitted.text
+        result = wire.result(submitted.json())
+        assert result["error"].startswith(message)
+        assert result["category"] == "user"
+    expected = losses_in_order(wire, wire.model(), 1)
+    assert [loss(wire.result(wire.forward_backward(model_id, len(wrong) + 1).json()))] == expected
+
+
 def test_results_that_were_fetched_long_ago_are_gone(wire, server, monkeypatch):
     """410 for their ids, and for a retry of their requests; 404 for what never was an id. What has not been fetched
     stays."""
@@ -214,6 +236,7 @@ def test_a_session_that_ends_is_gone(end, engine, tmp_path):
 REFUSED = {
     "no such model": (dict(base_model="gpt"), r"base_model: found 'gpt'"),
     "rank 0": (dict(lora_config={"rank": 0}), r"lora_config.rank"),
+    "rank beyond the width": (dict(lora_config={"rank": 65536}), r"lora_config.rank: found 65536; accepted: 1 to \d+"),
     "unembed alone": (dict(lora_config={"rank": 2, "train_attn": False, "train_mlp": False}), r"unembedding"),
     "another optimizer": (dict(optimizer_config={"type": "dimuon"}), r"optimizer_config.type: found 'dimuon'"),
     "no config": (dict(lora_config=None), r"lora_config"),
@@ -229,6 +252,26 @@ def test_refused_models(label, wire):
     response = wire.post("/create_model", **{**body, **change})
     assert response.status_code == 400
     assert re.search(message, response.json()["error"]["message"])
+
+
+def test_a_restarted_server_knows_no_result_of_the_one_before(engine, tmp_path):
+    """A client that polls on across the restart gets 410, not the result of somebody else's request; what was saved can
+    be loaded."""
+    with tinker_server(engine, tmp_path) as server:
+        wire = Wire(server)
+        model_id = wire.model()
+        path = wire.result(wire.post("/save_weights", model_id=model_id, seq_id=1, path="kept").json())["path"]
+        last = wire.forward_backward(model_id, 2).json()
+        expected = loss(wire.result(last))
+    with tinker_server(engine, tmp_path) as server:
+        wire = Wire(server)
+        session = wire.post("/create_session").json()["session_id"]
+        load = dict(session_id=session, model_seq_id=0, path=path, optimizer=True)
+        loaded = wire.result(wire.post("/load_weights", **load).json())["model_id"]
+        for seq_id in range(1, 4):
+            assert loss(wire.result(wire.forward_backward(loaded, seq_id).json())) == expected
+        assert wire.post("/retrieve_future", **last).status_code == 410
+        assert wire.forward_backward(model_id, 3).status_code == 404
 
 
 def mutate(rng, content):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seal_engine.files import write_errors
 from seal_engine.model.adapters import Adapter
+from seal_engine.model.devices import is_memory_error
 from seal_engine.serve.requests import FailedError
 from seal_engine.serve.worker import Worker
 
@@ -127,5 +128,7 @@ class ModelMemory:
         """Run a function between two turns of the worker. FailedError where memory fails it."""
         try:
             return await asyncio.wrap_future(self.worker.call(lambda _: function()))
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise FailedError(f"out of memory: {error}") from None
+        except Exception as error:
+            if is_memory_error(error):
+                raise FailedError(f"out of memory: {error}") from None
+            raise

@@ -6,6 +6,7 @@ numbers in the order of submission, so that an id whose promise is gone is told 
 
 import asyncio
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Promises:
         self._by_key: dict[tuple[str, int], Promise] = {}
         self._fetched: OrderedDict[str, int] = OrderedDict()  # request id -> bytes
         self._fetched_bytes = 0
-        self._count = 0
+        self._count = time.time_ns()  # so that the ids of a server that ran before are none of this one's
 
     def __len__(self) -> int:
         return len(self._by_id)

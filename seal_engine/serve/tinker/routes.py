@@ -28,6 +28,11 @@ def make_tinker_routes(service: Service) -> APIRouter:
     _add_training_routes(router, service.tinker)
     _add_sampling_routes(router, service)
     _add_checkpoint_routes(router, service.tinker)
+
+    @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
+    async def unknown(path: str) -> None:
+        raise ApiError(404, f"/api/v1/{path:.100}: not supported here; docs/tinker.md says what to do instead")
+
     return router
 
 
@@ -128,20 +133,24 @@ def _add_training_routes(router: APIRouter, tinker: TinkerService) -> None:
         return tinker.forward_backward(await asyncio.to_thread(parse, *read) if large else parse(*read)).submitted
 
     @router.post("/optim_step")
-    async def optim_step(body: schemas.OptimStep) -> dict[str, Any]:
+    async def optim_step(body: schemas.Numbered) -> dict[str, Any]:
         return tinker.optim_step(body).submitted
 
     @router.post("/save_weights")
-    async def save_weights(body: schemas.SaveWeights) -> dict[str, Any]:
+    async def save_weights(body: schemas.Numbered) -> dict[str, Any]:
         return tinker.save_weights(body).submitted
 
     @router.post("/load_weights")
-    async def load_weights(body: schemas.LoadWeights) -> dict[str, Any]:
+    async def load_weights(body: schemas.Load) -> dict[str, Any]:
         return tinker.load_weights(body).submitted
 
     @router.post("/save_weights_for_sampler")
-    async def save_weights_for_sampler(body: schemas.SaveWeightsForSampler) -> dict[str, Any]:
+    async def save_weights_for_sampler(body: schemas.Numbered) -> dict[str, Any]:
         return tinker.save_weights_for_sampler(body).submitted
+
+    @router.post("/save_weights_external")
+    async def save_weights_external(body: schemas.Numbered) -> dict[str, Any]:
+        return tinker.save_weights_external(body).submitted
 
 
 def _add_sampling_routes(router: APIRouter, service: Service) -> None:

@@ -1,8 +1,11 @@
 """Bodies of the Tinker API's JSON requests. Types are not converted; fields that are not here are ignored."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from seal_engine.serve.errors import first_mistake
+from seal_engine.types import InputError
 
 MAX_TOP = 256  # most likely tokens of one place
 MAX_SAMPLES = 1024  # of one prompt
@@ -18,6 +21,26 @@ class Body(BaseModel):
     """A JSON object."""
 
     model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
+
+
+B = TypeVar("B", bound=Body)
+
+
+class Unread(Body):
+    """A request with a number in the order of its model's, whose other fields are read when its turn comes: one that is
+    wrong fails there, for those behind it would wait for the number of a request that was refused when it came."""
+
+    model_config = ConfigDict(extra="allow")
+
+    seq_id: SequenceId = None
+
+    def read(self, kind: type[B]) -> B:
+        """Its fields. InputError naming the first that is wrong."""
+        try:
+            return kind.model_validate(self.model_dump())
+        except ValidationError as error:
+            field_name, message = first_mistake(error.errors())
+            raise InputError(f"{field_name or 'body'}: {message}") from None
 
 
 class CreateSession(Body):
@@ -36,7 +59,7 @@ class Heartbeat(Body):
 class Lora(Body):
     """What is to be trained. The SDK's default has train_unembed, which trains nothing here."""
 
-    rank: Annotated[int, Field(ge=1, le=2**16)]
+    rank: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     train_unembed: bool = True
     train_mlp: bool = True
@@ -66,6 +89,18 @@ class OfModel(Body):
     model_id: str
 
 
+class Numbered(Unread):
+    """POST /optim_step and /save_weights*."""
+
+    model_id: str
+
+
+class Load(Unread):
+    """POST /load_weights: onto a model, or as a new one of a session."""
+
+    model_id: str | None = None
+
+
 class Adam(Body):
     """Settings of a step. grad_clip_norm 0: no clipping."""
 
@@ -77,18 +112,16 @@ class Adam(Body):
     grad_clip_norm: float = 0.0
 
 
-class OptimStep(OfModel):
+class OptimStep(Body):
     """POST /optim_step. optimizer_params: of another optimizer, refused."""
 
-    seq_id: SequenceId = None
     adam_params: Adam | None = None
     optimizer_params: dict[str, Any] | None = None
 
 
-class SaveWeights(OfModel):
+class SaveWeights(Body):
     """POST /save_weights."""
 
-    seq_id: SequenceId = None
     path: str | None = None
     ttl_seconds: Ttl = None
     overwrite: bool = False
@@ -102,12 +135,10 @@ class SaveWeightsForSampler(SaveWeights):
 
 
 class LoadWeights(Body):
-    """POST /load_weights: onto a model, or as a new one of a session."""
+    """POST /load_weights. session_id and model_seq_id: of a new model."""
 
     path: str
     optimizer: bool
-    model_id: str | None = None
-    seq_id: SequenceId = None
     session_id: str | None = None
     model_seq_id: Sequence | None = None
     user_metadata: Metadata = None

@@ -163,6 +163,8 @@ class TinkerService:
         kind = body.optimizer_config.type
         require(kind == "adamw", "optimizer_config.type", kind, "'adamw'")
         lora, seed = body.lora_config, body.lora_config.seed
+        width = self.worker.engine.config.hidden_size
+        require(lora.rank <= width, "lora_config.rank", lora.rank, f"1 to {width}, the width of the model")
         config = ModelConfig(
             body.base_model,
             lora.rank,
@@ -208,17 +210,18 @@ class TinkerService:
         except Exception as error:
             promise.settle(error)
 
-    def load_weights(self, body: schemas.LoadWeights) -> Promise:
+    def load_weights(self, body: schemas.Load) -> Promise:
         """A checkpoint onto a model, in the order of its requests, or as a new model of a session."""
-        path = CheckpointPath.parse(body.path)
+        kind = schemas.LoadWeights
         if body.model_id is not None:
             model = self.model(body.model_id)
-            return model.submit(body.seq_id, "load_weights", lambda: self._load(model, body))
-        if body.session_id is None or body.model_seq_id is None:
+            return model.submit(body.seq_id, "load_weights", lambda: self._load(model, body.read(kind)))
+        load = body.read(kind)
+        if load.session_id is None or load.model_seq_id is None:
             raise InputError("model_id: found None; accepted: a model, or session_id and model_seq_id of a new one")
-        info = self.checkpoints.info(path)
-        config = ModelConfig.of_checkpoint(info, body.user_metadata)
-        return self._new_model(body.session_id, body.model_seq_id, "load_weights", config, body)
+        info = self.checkpoints.info(CheckpointPath.parse(load.path))
+        config = ModelConfig.of_checkpoint(info, load.user_metadata)
+        return self._new_model(load.session_id, load.model_seq_id, "load_weights", config, load)
 
     async def _load(self, model: TrainedModel, body: schemas.LoadWeights) -> Reply:
         stored = await self.read(CheckpointPath.parse(body.path), body.optimizer)
@@ -236,11 +239,12 @@ class TinkerService:
         kind = "forward" if request.forward_only else "forward_backward"
         return model.submit(request.seq_id, kind, lambda: model.forward_backward(request))
 
-    def optim_step(self, body: schemas.OptimStep) -> Promise:
-        """A step, in the order of its model's requests. Bad settings fail there, so that the order goes on."""
-        model, adam = self.model(body.model_id), body.adam_params
+    def optim_step(self, body: schemas.Numbered) -> Promise:
+        """A step, in the order of its model's requests."""
+        model = self.model(body.model_id)
 
         async def step() -> Reply:
+            adam = body.read(schemas.OptimStep).adam_params
             if adam is None:
                 raise InputError("optimizer_params: found another optimizer's; accepted: adam_params")
             norm = adam.grad_clip_norm or None
@@ -253,34 +257,45 @@ class TinkerService:
 
     # Saving
 
-    def save_weights(self, body: schemas.SaveWeights) -> Promise:
+    def save_weights(self, body: schemas.Numbered) -> Promise:
         """A checkpoint of a model with its optimizer, in the order of its requests."""
         model = self.model(body.model_id)
 
         async def save() -> Reply:
-            return await self._save(model, "weights", body, await model.stored())
+            asked = body.read(schemas.SaveWeights)
+            return await self._save(model, "weights", asked, await model.stored())
 
         return model.submit(body.seq_id, "save_weights", save)
 
-    def save_weights_for_sampler(self, body: schemas.SaveWeightsForSampler) -> Promise:
+    def save_weights_for_sampler(self, body: schemas.Numbered) -> Promise:
         """A model as it is now, to sample from: under a path on the disk, or as a sampler in memory."""
         model = self.model(body.model_id)
         session_id = body.model_id.partition(":")[0]
 
         async def save() -> Reply:
+            asked = body.read(schemas.SaveWeightsForSampler)
             adapter = await model.snapshot()
-            if body.path is not None:
+            if asked.path is not None:
                 stored = Stored(adapter, None, model.config.info)
-                return await self._save(model, "sampler_weights", body, stored)
-            if body.sampling_session_seq_id is None:
+                return await self._save(model, "sampler_weights", asked, stored)
+            if asked.sampling_session_seq_id is None:
                 raise InputError("path: found None; accepted: a name, or sampling_session_seq_id")
-            sampler_id = f"{session_id}:sample:{body.sampling_session_seq_id}"
+            sampler_id = f"{session_id}:sample:{asked.sampling_session_seq_id}"
             snapshot = await self.snapshots.add(adapter)
             sampler = Sampler(sampler_id, model.config.base_model, None, snapshot)
             self.session(session_id).samplers[sampler_id] = sampler
             return json_reply({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
 
         return model.submit(body.seq_id, "save_weights_for_sampler", save)
+
+    def save_weights_external(self, body: schemas.Numbered) -> Promise:
+        """Refuse an export, in the order of the model's requests."""
+
+        async def refuse() -> Reply:
+            advice = "each checkpoint's directory below --tinker-dir already is an adapter in PEFT's format"
+            raise InputError(f"save_weights_external: not supported; save_weights_for_sampler works: {advice}")
+
+        return self.model(body.model_id).submit(body.seq_id, "save_weights_external", refuse)
 
     async def _save(self, model: TrainedModel, kind: str, body: schemas.SaveWeights, stored: Stored) -> Reply:
         path = self.checkpoints.path_for(model.model_id, kind, body.path)
