@@ -57,14 +57,17 @@ def certainty(data: RunData) -> str:
     low, high = change_interval(changes)
     mean = f"mean change {100 * fmean(changes):+.1f} points"
     if math.isfinite(low):
-        mean += f", with 95% confidence {100 * low:+.1f} to {100 * high:+.1f} (by their spread over contexts)"
+        mean += f", with 95% confidence {100 * low:+.1f} to {100 * high:+.1f} (from the spread over contexts)"
     counts = f"{better} better, {worse} worse, {len(changes) - better - worse} the same"
     missing = (
         f" {pairs.missing} contexts are left out, as they lack an accuracy before or after." if pairs.missing else ""
     )
     control = ""
     if low > 0 and not data.config.get("shuffle_rewards"):
-        control = " What the writer gains by training on its own texts alone, a run with --shuffle-rewards shows."
+        control = (
+            " Not shown here: how much of that comes from training on texts of its own, whatever their rewards; a run "
+            "with --shuffle-rewards is that control."
+        )
     return f"{len(changes)} held-out contexts, {seeds_said(pairs.seeds)}: {counts}; {mean}.{missing}{control}"
 
 

@@ -207,4 +207,4 @@ def _by_context(groups: Sequence[RoundRewards], contexts: dict[str, Passage]) ->
             lines.append(f"<p>{title}: {links}</p>\n")
         passage = _passage(contexts[name]) if name in contexts else ""
         folds.append(fold(cut(name, 200), f'<div id="{_place(name)}">{passage}{"".join(lines)}</div>'))
-    return fold(f"By context: {len(folds)}", "".join(folds))
+    return fold(f"By context: {len(folds)} contexts", "".join(folds))

@@ -14,7 +14,7 @@ from seal_engine.domains.few_shot.task import FewShotConfig
 from seal_engine.files import replace_file
 from seal_engine.loop.continual_results import read_result
 from seal_engine.loop.ledger import Ledger
-from seal_engine.loop.records import EVALUATION
+from seal_engine.loop.records import EVALUATION, ROUND, Phase
 from seal_engine.loop.restem import CONTINUED_PRETRAINING, SELF_EDITS
 from seal_engine.report import plots
 from seal_engine.report.claim import certainty, claim, is_over
@@ -156,7 +156,7 @@ def _headline(data: RunData) -> str:
     task = str(data.config.get("task"))
     named = task if task in TASKS else f"{data.config.get('task') or 'not named'} (unknown to this version)"
     model = str(data.config.get("model") or "not named")
-    lines = [f"Task: {clean(named)}. Model: {clean(Path(model).name)}."]
+    lines = [f"Task: {clean(named)}. Model: {clean('/'.join(Path(model).parts[-2:]))}.", _what_was_asked(data)]
     if not data.steps:
         lines.append("The run has just begun: nothing has been finished yet.")
     else:
@@ -170,7 +170,21 @@ def _headline(data: RunData) -> str:
             )
         lines.append(f"Last recorded: {clean(data.steps[-1].name)}, at {date(data.steps[-1].finished)}.")
     sure = certainty(data)
+    lines = list(filter(None, lines))
     return (f'<p class="lead">{sure}</p>\n' if sure else "") + f'<p class="note">{" ".join(lines)}</p>'
+
+
+def _what_was_asked(data: RunData) -> str:
+    """How many contexts and questions there were; "" before the first trial."""
+    contexts: dict[str, set[str]] = {ROUND: set(), EVALUATION: set()}
+    for (_, phase), trials in data.trials.items():
+        contexts.setdefault(Phase.parse(phase).stage, set()).update(trial.context for trial in trials)
+    counts = sorted({len(trial.grades) for own in data.trials.values() for trial in own if trial.grades})
+    if not counts or not contexts[EVALUATION]:
+        return ""
+    each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    learned = f"Rounds learn from {len(contexts[ROUND])} contexts. " if contexts[ROUND] else ""
+    return f"{learned}Held out, to measure on: {len(contexts[EVALUATION])}. Questions on each: {each}."
 
 
 def _accuracy(data: RunData, measured: Sequence[Row]) -> str:
@@ -187,7 +201,7 @@ def _accuracy(data: RunData, measured: Sequence[Row]) -> str:
     ]
     note = (
         "Accuracy in percent, on held-out contexts: mean, standard deviation over seeds (sd), standard error over "
-        "contexts (se)."
+        "contexts (se). In the figure bars are one sd, small points single seeds."
     )
     if "passage in the prompt" in data.accuracies:
         note += (
@@ -195,9 +209,9 @@ def _accuracy(data: RunData, measured: Sequence[Row]) -> str:
             "the passage to read. Passage only: an adapter trained on the passage itself."
         )
     if any(row.name.startswith("passage only, ") for row in measured):
-        note += " As many times: on so many copies of it, for as many times the steps."
+        note += " Passage only, several times: an adapter trained on so many copies of it."
     if BEST_STYLE in data.accuracies:
-        note += " Best style: on notes of the kind that teaches best here, which a program writes, not the model."
+        note += " Best style: on notes that a program writes, in the one of the miniature's styles that teaches best."
     return table(("method", "accuracy", "sd", "se", "seeds"), lines, (1, 2, 3, 4)) + f'<p class="note">{note}</p>\n'
 
 
@@ -302,8 +316,8 @@ def _cost(data: RunData) -> str:
         ("adapters trained", f"{len(adapters):,}, and {updates} policy updates"),
         ("tokens trained on", f"{tokens:,} by adapters, all epochs together"),
         ("tokens written", f"{written:,} in {len(edits):,} self-edits, those of baselines too"),
-        ("adapters a second, with asking and grading", rate(len(adapters), asking)),
-        ("tokens trained on a second, with the same", rate(tokens, asking)),
+        ("adapters per second, asking and grading included", rate(len(adapters), asking)),
+        ("tokens trained on per second, the same time", rate(tokens, asking)),
     ]
     stages = data.seconds_by_stage
     lines = [(stage, [own[part] for part in PARTS]) for stage, own in stages.items()]
@@ -324,11 +338,12 @@ def _cost(data: RunData) -> str:
         )
     ]
     note = (
-        "Over all seeds. The time of work that an interruption undid is not in it. Where CPU time is less than in like "
-        "stages, others had the machine's cores, or the run waited. Trials with the same self-edit and "
-        "seed share an adapter, so that there are more trials than adapters."
+        "Over all seeds; what was lost to interruptions does not count. Where CPU time is less than in like "
+        "stages, others had the machine's cores, or the run waited."
     )
+    if len([trial for trial in trials if trial.num_steps]) > len(adapters):
+        note += " Trials with the same self-edit and seed share an adapter, so that there are more trials than adapters."
     tables = table(("stage", *PARTS, "all", "CPU time"), by_stage, range(1, len(PARTS) + 3))
     tables += table(("trials", "count", "seconds each", "tokens trained on, each"), cost, (1, 2, 3))
-    shown = table(("", ""), facts) + fold("By stage, and each", tables) + f'<p class="note">{note}</p>\n'
+    shown = table(("", ""), facts) + fold("By stage", tables) + f'<p class="note">{note}</p>\n'
     return shown + workers_table(data.workers)

@@ -35,7 +35,7 @@ def settings_section(config: Mapping[str, Any]) -> str:
         parts.append(fold("All other settings, at their defaults", table(("setting", "value"), lines)))
     if isinstance(config.get("sha256"), dict) and config["sha256"]:
         lines = [(name, shown_value(digest)) for name, digest in sorted(config["sha256"].items())]
-        parts.append(fold("Files that were read", table(("setting", "sha256"), lines)))
+        parts.append(fold("Files of data, prompts and templates", table(("file", "sha256"), lines)))
     return "".join(parts)
 
 

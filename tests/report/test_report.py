@@ -96,14 +96,14 @@ def test_the_page_says_which_self_edits_are_kept(whole, tmp_path):
     """By the settings of the run, whichever rule they choose; and what a gain has to be compared with."""
     said = "Kept, of each seed: the one with the highest reward of each context, if it is at least 0%."
     assert said in whole[2].text
-    assert "a run with --shuffle-rewards shows" in whole[2].text
+    assert "a run with --shuffle-rewards is that control" in whole[2].text
     for keep, rule in (("top", "the 30% with the highest rewards"), ("gain", "those with a reward above")):
         config = replace(CONFIG, seeds=(0,), rounds=1, contexts=3, keep=keep, keep_fraction=0.3, keep_reward=0.25)
         make_run(tmp_path / keep, config)
         page = Page(write_report(tmp_path / keep))
         assert re.search(f"Kept, of each seed: {rule}.*?, if it is at least 25%", page.text)
     make_run(tmp_path / "control", replace(CONFIG, seeds=(0,), rounds=1, shuffle_rewards=True))
-    assert "--shuffle-rewards shows" not in Page(write_report(tmp_path / "control")).text
+    assert "--shuffle-rewards is that control" not in Page(write_report(tmp_path / "control")).text
 
 
 def test_settings_that_differ_come_first(whole):
