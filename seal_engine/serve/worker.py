@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, TypeVar
@@ -64,6 +65,15 @@ def _return_free_memory() -> None:
         trim(0)
 
 
+def _release_threads() -> None:
+    """End the threads that OpenMP keeps for the calling thread (libgomp; elsewhere nothing is done): with the worker's
+    they would be more than the cores, and libgomp then lets all of them sleep at every barrier."""
+    with suppress(OSError, StopIteration, AttributeError):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        library = ctypes.CDLL(next(line.split()[-1] for line in lines if "libgomp" in line))
+        library.omp_pause_resource_all(1)  # omp_pause_soft
+
+
 class Worker:
     """`start`, then submit from any thread; `stop` at the end. Every method but `start` and `stop` returns at once."""
 
@@ -110,7 +120,8 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="seal-engine worker", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begin to work. The calling thread's own torch threads end; they come again when it needs them."""
+        _release_threads()
         self._thread.start()
 
     @property
