@@ -8,7 +8,6 @@ most the pass that is running, and training never stops. Samples that have patie
 the first of them has waited for as long as it may: those of several callers then decode together.
 """
 
-import ctypes
 import logging
 import threading
 from collections import Counter, deque
@@ -16,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, TypeVar
@@ -28,6 +26,7 @@ from seal_engine.model.adapters import Adapter
 from seal_engine.model.devices import free_memory
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta
+from seal_engine.serve.native import release_threads, return_free_memory
 from seal_engine.serve.requests import (
     CancelledError,
     ClosedError,
@@ -55,23 +54,6 @@ def _cpu_blocks(engine: Engine) -> int:
     wanted = max(CPU_BLOCKS, 4 * engine.config.max_position_embeddings // 16)
     size = KVCache.block_bytes(engine.config, engine.model.product_dtype)
     return max(1, min(wanted, free_memory(engine.model.device) // 2 // size))
-
-
-def _return_free_memory() -> None:
-    """Give the system back what the allocator keeps between live blocks (glibc; elsewhere nothing is done): steps of
-    changing shapes would otherwise let a process that serves for days grow by fragmentation."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _release_threads() -> None:
-    """End the threads that OpenMP keeps for the calling thread (libgomp; elsewhere nothing is done): with the worker's
-    they would be more than the cores, and libgomp then lets all of them sleep at every barrier."""
-    with suppress(OSError, StopIteration, AttributeError):
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        library = ctypes.CDLL(next(line.split()[-1] for line in lines if "libgomp" in line))
-        library.omp_pause_resource_all(1)  # omp_pause_soft
 
 
 class Worker:
@@ -121,7 +103,7 @@ class Worker:
 
     def start(self) -> None:
         """Begin to work. The calling thread's own torch threads end; they come again when it needs them."""
-        _release_threads()
+        release_threads()
         self._thread.start()
 
     @property
@@ -261,7 +243,7 @@ class Worker:
         end = perf_counter()
         self.turns[kind] += 1
         if self.turns.total() % TRIM_TURNS == 0:
-            _return_free_memory()
+            return_free_memory()
         self.seconds[kind] += end - start
         if kind == SAMPLING:
             self.step_times.append(end - (start if self._last_step_end is None else self._last_step_end))
