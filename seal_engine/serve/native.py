@@ -1,4 +1,4 @@
-"""What the process asks of its C libraries: memory back, threads ended. Elsewhere than with glibc and libgomp, nothing."""
+"""What the process asks of its C libraries: memory back, threads ended. Without glibc and libgomp, nothing."""
 
 import ctypes
 from contextlib import suppress
