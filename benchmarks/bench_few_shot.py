@@ -170,7 +170,7 @@ def test_inner_loops(benchmark, record, tmp_path, base, lora):
         assert results[i].losses[:steps] == pytest.approx(losses[:steps], rel=1e-3), "a wrong result"
     own = [answers[i * len(questions[0]) + k] for i in sample for k in range(len(questions[i]))]
     theirs = ask_alone()
-    same(own, theirs)
+    same(own, theirs, torch.float32)
     measure.matrix_rate(torch.float32)
     times = measure.side_by_side(benchmark, [train, ask, train_alone, train_by_trainer, ask_alone], rounds=1)
     trained = [sum(results[i].num_tokens for i in members) for members in (everyone, sample)]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from time import perf_counter, sleep
@@ -57,6 +58,7 @@ from seal_engine import Engine, SamplingParams
 engine = Engine.from_pretrained(sys.argv[1])
 prompts, fields, clients = json.loads(sys.stdin.readline())
 params = [SamplingParams(**own) for own in fields]
+print(flush=True)
 for line in sys.stdin:
     outs = engine.generate(prompts, params, progress=False, max_num_seqs=clients)
     print(json.dumps([out.outputs[0].text for out in outs]), flush=True)
@@ -78,6 +80,8 @@ def generator(prompts: list[str], fields: list[dict[str, Any]], clients: int) ->
     assert stdin is not None
     assert stdout is not None
     stdin.write(json.dumps([prompts, fields, clients]) + "\n")
+    stdin.flush()
+    stdout.readline()  # it is there: a server that starts next looks at how many threads run, as it did
 
     def call() -> list[str]:
         stdin.write("\n")
@@ -87,6 +91,38 @@ def generator(prompts: list[str], fields: list[dict[str, Any]], clients: int) ->
     yield call
     stdin.close()
     assert process.wait(60) == 0
+
+
+CANNED = """
+import socket, uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from seal_engine.serve.schemas import CompletionBody
+app = FastAPI()
+choice = {"index": 0, "text": " word" * 64, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+reply = {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": "canned", "choices": [choice]}
+
+@app.post("/v1/completions")
+async def complete(body: CompletionBody) -> JSONResponse:
+    return JSONResponse(reply)
+
+listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+print(listener.getsockname()[1], flush=True)
+uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")).run([listener])
+"""
+
+
+@contextmanager
+def canned_server() -> Iterator[str]:
+    """The address of a server of the same libraries that computes nothing: every completion is the same text."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    process = subprocess.Popen([sys.executable, "-c", CANNED], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 class Client:
@@ -144,33 +180,40 @@ def rss(pid: int) -> int:
 
 def test_what_http_adds(benchmark, record):
     """64 clients, each its requests one after the other, 64 tokens each; the same prompts through Engine.generate, 64
-    at a time. In turns."""
+    at a time; the same requests to a server that computes nothing. In turns."""
     count, clients = 512 // SCALE, 64
     fields: list[dict[str, Any]] = [dict(temperature=1.0, seed=i, max_tokens=64, ignore_eos=True) for i in range(count)]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     with (
         generator(prompts, fields, clients) as direct,
+        canned_server() as canned,
         server("--max-num-seqs", clients, "--kv-blocks", 4096) as (address, _, _),
     ):
 
-        def client(number: int) -> dict[int, str]:
-            connection, texts = Client(address), {}
+        def client(where: str, number: int) -> dict[int, str]:
+            connection, texts = Client(where), {}
             for i in range(number, count, clients):
                 status, reply = connection.post("/v1/completions", {"model": BASE, "prompt": prompts[i], **fields[i]})
                 assert status == 200, reply
                 texts[i] = reply["choices"][0]["text"]
             return texts
 
-        def served() -> dict[int, str]:
-            _, parts = in_threads(clients, client)
+        def ask(where: str) -> dict[int, str]:
+            _, parts = in_threads(clients, partial(client, where))
             return {i: text for part in parts for i, text in part.items()}
 
-        expected, got = direct(), served()
+        expected, got = direct(), ask(address)
         assert [got[i] for i in range(count)] == expected
-        seconds, http_seconds = measure.side_by_side(benchmark, [direct, served], rounds=2)
+        before = Client(address).get("/stats")["counts"]
+        work = [direct, partial(ask, address), partial(ask, canned)]
+        seconds, http_seconds, canned_seconds = measure.side_by_side(benchmark, work, rounds=5)
+        counts = Client(address).get("/stats")["counts"]
+    steps = counts["sampler_steps"] - before["sampler_steps"]
     record(
         what="completions of 64 tokens", requests=count, clients=clients, tokens_per_s=count * 64 / seconds,
         served_tokens_per_s=count * 64 / http_seconds, percent_on_top=100 * (http_seconds / seconds - 1),
+        rows_per_step=(counts["sampled_tokens"] - before["sampled_tokens"]) / steps,
+        ms_on_top=1000 * (http_seconds - seconds) / count, canned_ms=1000 * canned_seconds / count,
     )  # fmt: skip
 
 

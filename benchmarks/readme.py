@@ -283,6 +283,8 @@ def serve() -> str:
         [f"{http['requests']} completions of 64 tokens, {http['clients']} clients, beside Engine.generate",
          f"{rate(http['served_tokens_per_s'])} and {rate(http['tokens_per_s'])} tokens/s: "
          f"{http['percent_on_top']:.1f}% more time"],
+        ["rows of its steps; more time a request, and all that a server takes which computes nothing",
+         f"{http['rows_per_step']:.1f} of {http['clients']}; {http['ms_on_top']:.2f} and {http['canned_ms']:.2f} ms"],
         [f"{load['requests']:,} mixed requests, {load['clients']} clients, adapters loaded and unloaded "
          f"{load['adapters_loaded_meanwhile']} times",
          f"{load['seconds']:.1f} s, {load['wrong_answers']} wrong answers, {load['server_errors']} responses of 5xx"],

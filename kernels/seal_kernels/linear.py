@@ -4,10 +4,10 @@ Shapes: x [T, I], W [O, I], b [O]; y [T, O]. 2 T I O FLOPs each way, by the vend
 
 On the CPU activations are float32 where products do not round them. Where the CPU has matrix instructions for bfloat16
 (AMX, AVX512-BF16), a product with bfloat16 weights rounds x and y to bfloat16, sums being float32: three to six times
-as fast as float32. What lies between two such products may then stay bfloat16, as it is rounded on both sides anyway: x
-and y need not be of one dtype. Elsewhere 16-bit products are three times slower than float32 ones, so a 16-bit weight
-is widened, a slice of rows at a time into a scratch that stays in the cache: its memory stays 16-bit
-(benchmarks/bench_linear.py).
+as fast as float32; rows are padded to one of a few numbers (pad_rows in packed.py). What lies between two such products
+may then stay bfloat16, as it is rounded on both sides anyway: x and y need not be of one dtype. Elsewhere
+16-bit products are three times slower than float32 ones, so a 16-bit weight is widened, a slice of rows at a time into
+a scratch that stays in the cache: its memory stays 16-bit (benchmarks/bench_linear.py).
 
 The vendor's product gives a row other bits when the number of rows changes (it may split the sum over I differently).
 A batch-invariant product takes x in tiles of exactly INVARIANT_ROWS rows, the last one padded with zeros: a row's bits
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import apply
-from seal_kernels.packed import multiplies_bfloat16, packed_product, prefers_packed
+from seal_kernels.packed import multiplies_bfloat16, packed_product, pad_rows, prefers_packed
 
 if TYPE_CHECKING:
     from seal_kernels.quantized_linear import QuantizedWeight
@@ -40,8 +40,9 @@ def frozen_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _native(x: Tensor, weight: Tensor) -> bool:
-    """Whether to round x to bfloat16 rather than to widen weight."""
-    return weight.dtype == torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16) and multiplies_bfloat16()
+    """Whether to round x to bfloat16 rather than to widen weight: on a CPU that multiplies bfloat16."""
+    rounds = weight.dtype == torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16)
+    return rounds and not x.is_cuda and multiplies_bfloat16()
 
 
 def widened_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -70,10 +71,12 @@ def _rounded_product(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         for x_rows, out_rows in zip(x.split(ROUNDED_ROWS), out.split(ROUNDED_ROWS), strict=True):
             _rounded_product(x_rows, factor, out_rows)
         return out
-    x = x.to(factor.dtype)
+    x = pad_rows(x.to(factor.dtype))
     if len(x) <= FEW_ROWS and factor.T.is_contiguous():
-        return out.copy_(torch.mm(factor.T, x.T).T)
-    return torch.mm(x, factor, out=out) if out.dtype == factor.dtype else out.copy_(torch.mm(x, factor))
+        return out.copy_(torch.mm(factor.T, x.T).T[: len(out)])
+    if (len(x), x.dtype) == (len(out), out.dtype):
+        return torch.mm(x, factor, out=out)
+    return out.copy_(torch.mm(x, factor)[: len(out)])
 
 
 def float32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -89,12 +92,12 @@ def float32_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out [T, O] = x W^T; on the CPU x, weight and out may be of three dtypes, on a GPU out may be float32."""
+    if _native(x, weight):
+        return _rounded_product(x, weight.T, out)
     if x.dtype == weight.dtype == out.dtype:
         return torch.mm(x, weight.T, out=out)
     if x.is_cuda:
         return float32_product(x, weight.T, out)
-    if _native(x, weight):
-        return _rounded_product(x, weight.T, out)
     x = x.to(out.dtype)
     for rows, wide in widened_slices(weight, out.dtype):
         torch.mm(x, wide.T, out=out[:, rows])
@@ -103,10 +106,10 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 def multiply_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out [T, I] = dy W; on the CPU dy, weight and out may be of three dtypes."""
-    if dy.dtype == weight.dtype == out.dtype:
-        return torch.mm(dy, weight, out=out)
     if _native(dy, weight):
         return _rounded_product(dy, weight, out)
+    if dy.dtype == weight.dtype == out.dtype:
+        return torch.mm(dy, weight, out=out)
     dy = dy.to(out.dtype)
     out.zero_()
     for rows, wide in widened_slices(weight, out.dtype):
@@ -125,7 +128,8 @@ def frozen_linear_forward(
         if not batch_invariant and prefers_packed(x, weight):
             return packed_product(x, weight, bias).to(dtype)
         if x.dtype == weight.dtype == dtype:
-            return torch.nn.functional.linear(x, weight, bias)
+            padded = pad_rows(x) if _native(x, weight) else x
+            return torch.nn.functional.linear(padded, weight, bias)[: len(x)]
         y = multiply(x, weight, x.new_empty(len(x), len(weight), dtype=dtype))
         return y if bias is None else y.add_(bias)
 

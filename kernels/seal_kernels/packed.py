@@ -40,6 +40,16 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def pad_rows(x: Tensor) -> Tensor:
+    """bfloat16 x [T, I] with rows of zeros added, at most an eighth of T: eight numbers of rows for each power of two.
+
+    For each new number of rows oneDNN writes a program, some 0.7 ms and 0.5 MB a matrix, and it keeps 1,024 of them.
+    """
+    step = 1 << ((len(x) - 1).bit_length() - 4) if len(x) > 16 else 1
+    missing = -len(x) % step
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
 def packs(dtype: torch.dtype) -> bool:
     """Whether packing serves matrices of this dtype on this CPU; where it only widens bfloat16, not that."""
     return is_available() and (dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16()))
@@ -83,5 +93,5 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if copy is None or copy[0] != weight._version:
         copy = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
         setattr(weight, _ATTRIBUTE, copy)
-    x = x if x.is_contiguous() else x.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, copy[1], bias, "none", [], "")
+    rows = x if x.dtype == torch.float32 else pad_rows(x)
+    return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), copy[1], bias, "none", [], "")[: len(x)]

@@ -12,6 +12,7 @@ from seal_kernels.dispatch import ceil_div
 # (queries per tile, the most queries of a sequence that is cut into such tiles)
 TILES = ((1, 1), (16, 64), (64, 1 << 31))
 BATCH_INVARIANT_TILES = ((8, 1 << 31),)  # a single query is padded to a tile, too
+MAX_KEPT = 1 << 20  # elements of masks that are kept from layer to layer, 4 MiB, the tiles' padding aside
 MAX_GATHERED = 1 << 19  # elements of keys gathered at once, 2 MiB of float32: what is read next is in the cache
 
 
@@ -123,7 +124,7 @@ def paged_attention_cpu(
             block_tables, cu_seqlens, context_lens, T, max_query, max_context,
             tuple(key_cache.shape), group, window, batch_invariant, wide,
         )
-        if shared is not None and max_query == 1:  # masks of longer queries are too large to keep
+        if shared is not None and T * group * max_context <= MAX_KEPT:
             shared[window] = all_tiles = list(all_tiles)
     for blocks, unseen, rows, mask, keep in all_tiles:
         tile = (T if rows is None else len(rows)) // len(blocks)

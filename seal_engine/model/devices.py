@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -62,6 +62,15 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def release_threads() -> None:
+    """End the threads that OpenMP keeps for the calling thread, which come again when it needs them (libgomp; elsewhere
+    nothing is done): with another thread's they would be more than the cores, and then all sleep at every barrier."""
+    with suppress(OSError, StopIteration, AttributeError):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        library = ctypes.CDLL(next(line.split()[-1] for line in lines if "libgomp" in line))
+        library.omp_pause_resource_all(1)  # omp_pause_soft
 
 
 def total_memory(device: torch.device) -> int:

@@ -275,11 +275,14 @@ class Model:
         decoded = [(rows.tokens, contiguous_attention(q, k, v, i, rows)) for rows in batch.decoding]
         if decoded and decoded[0][0] is None:  # these are all rows
             return decoded[0][1]
-        keys, values = batch.keys[i], batch.values[i]
-        write_kv(k, v, keys, values, batch.slot_mapping)
-        places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
-        options = {"batch_invariant": self.batch_invariant, "shared": batch.shared}
-        out = paged_attention(q, keys, values, *places, window=self.layers[i].window, **options)
+        if sum(len(part) for _, part in decoded) == len(q):
+            out = q.new_empty(q.shape)
+        else:
+            keys, values = batch.keys[i], batch.values[i]
+            write_kv(k, v, keys, values, batch.slot_mapping)
+            places = batch.block_tables, batch.cu_seqlens, batch.context_lens, batch.max_query, batch.max_context
+            options = {"batch_invariant": self.batch_invariant, "shared": batch.shared}
+            out = paged_attention(q, keys, values, *places, window=self.layers[i].window, **options)
         for tokens, part in decoded:
             assert tokens is not None, "only one arena has all rows"
             out.index_copy_(0, tokens, part)

@@ -342,7 +342,9 @@ def _cost(data: RunData) -> str:
         "stages, others had the machine's cores, or the run waited."
     )
     if len([trial for trial in trials if trial.num_steps]) > len(adapters):
-        note += " Trials with the same self-edit and seed share an adapter, so that there are more trials than adapters."
+        note += (
+            " Trials with the same self-edit and seed share an adapter, so that there are more trials than adapters."
+        )
     tables = table(("stage", *PARTS, "all", "CPU time"), by_stage, range(1, len(PARTS) + 3))
     tables += table(("trials", "count", "seconds each", "tokens trained on, each"), cost, (1, 2, 3))
     shown = table(("", ""), facts) + fold("By stage", tables) + f'<p class="note">{note}</p>\n'

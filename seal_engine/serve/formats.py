@@ -1,8 +1,8 @@
 """Pieces as JSON: a completion's and a chat's, whole and streamed, with the field names of OpenAI's API."""
 
+from random import getrandbits
 from time import time
 from typing import Any
-from uuid import uuid4
 
 from seal_engine.serve.generation import Generation, Piece
 from seal_engine.serve.schemas import ChatBody, CompletionBody
@@ -17,7 +17,7 @@ class CompletionFormat:
     def __init__(self, body: CompletionBody, model: str, texts: TokenTexts):
         self.body = body
         self.texts = texts
-        self.head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time()), "model": model}
+        self.head = {"id": f"cmpl-{new_id()}", "object": "text_completion", "created": int(time()), "model": model}
 
     def whole(self, pieces: list[Piece], generation: Generation) -> dict[str, Any]:
         """The response."""
@@ -80,7 +80,7 @@ class ChatFormat:
     def __init__(self, body: ChatBody, model: str, texts: TokenTexts):
         self.body = body
         self.texts = texts
-        self.head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time()), "model": model}
+        self.head = {"id": f"chatcmpl-{new_id()}", "created": int(time()), "model": model}
 
     def whole(self, pieces: list[Piece], generation: Generation) -> dict[str, Any]:
         """The response."""
@@ -129,6 +129,11 @@ class ChatFormat:
     def _entry(self, token: int, value: float | None) -> dict[str, Any]:
         text = token_name(token, self.texts, self.body.return_tokens_as_token_ids)
         return {"token": text, "logprob": json_logprob(value), "bytes": list(text.encode())}
+
+
+def new_id() -> str:
+    """32 hexadecimal digits, drawn in the process: a system call would hand the interpreter to the worker's thread."""
+    return f"{getrandbits(128):032x}"
 
 
 def token_name(token: int, texts: TokenTexts, as_id: bool | None) -> str:

@@ -1,7 +1,6 @@
 """Completions as pieces: a whole choice is one piece, a stream has one for each step."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from seal_engine.sampling.requests import Completion, Delta
+from seal_engine.serve.loop_calls import LoopCalls
 from seal_engine.serve.requests import SampleRequest
 from seal_engine.serve.service import Service
 from seal_engine.serve.token_texts import TextOptions, TextStream
@@ -116,7 +116,7 @@ class Generation:
 
     async def stream(self) -> AsyncIterator[Piece]:
         """Pieces as they come. Closing the iterator cancels what is not done."""
-        mailbox = Mailbox()
+        mailbox = Mailbox(self.service.calls)
         streams: dict[tuple[int, int], _ChoiceStream] = {}
         for number, request in enumerate(self.requests):
             request.on_delta = partial(_put_delta, mailbox, number)
@@ -176,30 +176,27 @@ def _outputs(request: SampleRequest) -> list[Completion]:
 
 
 class Mailbox:
-    """Items from any thread for one task of the event loop, which is woken once for all that have come."""
+    """Items from any thread for one task of the event loop."""
 
-    def __init__(self):
-        self._loop = asyncio.get_running_loop()
-        self._items: deque[Any] = deque()
+    def __init__(self, calls: LoopCalls):
+        self._calls = calls
+        self._items: list[Any] = []
         self._event = asyncio.Event()
-        self._waking = False
 
     def put(self, item: Any) -> None:
         """Add an item, from any thread."""
-        self._items.append(item)
-        if not self._waking:
-            self._waking = True
-            self._loop.call_soon_threadsafe(self._wake)
+        self._calls.put(partial(self._add, item))
 
-    def _wake(self) -> None:
-        self._waking = False
+    def _add(self, item: Any) -> None:
+        self._items.append(item)
         self._event.set()
 
     async def take(self) -> list[Any]:
         """Wait for items, and take all."""
         await self._event.wait()
         self._event.clear()
-        return [self._items.popleft() for _ in range(len(self._items))]
+        items, self._items = self._items, []
+        return items
 
 
 def _put_delta(mailbox: Mailbox, number: int, delta: Delta) -> None:

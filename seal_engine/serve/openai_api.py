@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, suppress
 from time import time
 from typing import Any, TypeVar
-from uuid import uuid4
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from seal_engine.serve.errors import ApiError, as_api_error, error_body
-from seal_engine.serve.formats import ChatFormat, CompletionFormat
+from seal_engine.serve.formats import ChatFormat, CompletionFormat, new_id
 from seal_engine.serve.generation import Generation, Piece, text_options
 from seal_engine.serve.requests import SampleRequest
 from seal_engine.serve.schemas import (
@@ -238,7 +237,7 @@ def _response(body: ResponsesBody, base_name: str, prompt_tokens: int, completio
     status = "completed" if done else "incomplete"
     message = {
         "type": "message",
-        "id": f"msg_{uuid4().hex}",
+        "id": f"msg_{new_id()}",
         "status": status,
         "role": "assistant",
         "content": [content],
@@ -252,7 +251,7 @@ def _response(body: ResponsesBody, base_name: str, prompt_tokens: int, completio
         "total_tokens": prompt_tokens + count,
     }
     return {
-        "id": f"resp_{uuid4().hex}",
+        "id": f"resp_{new_id()}",
         "object": "response",
         "created_at": int(time()),
         "model": body.model or base_name,

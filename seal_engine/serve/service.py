@@ -12,6 +12,7 @@ from seal_engine.engine import Engine
 from seal_engine.sampling.requests import RequestOutput, SamplingParams
 from seal_engine.serve.adapters import AdapterNames
 from seal_engine.serve.errors import ApiError
+from seal_engine.serve.loop_calls import LoopCalls
 from seal_engine.serve.requests import SampleRequest
 from seal_engine.serve.schemas import Message
 from seal_engine.serve.tinker.service import TinkerService
@@ -51,6 +52,11 @@ class Service:
     def token_texts(self) -> TokenTexts:
         """The text of each token alone."""
         return TokenTexts(self.engine.tokenizer)
+
+    @cached_property
+    def calls(self) -> LoopCalls:
+        """What the worker's thread calls on the event loop; first used there."""
+        return LoopCalls()
 
     @property
     def max_tokens(self) -> int:
@@ -141,7 +147,7 @@ class Service:
         """The outputs of prompts. Whoever stops waiting cancels them."""
         self.submit(requests)
         try:
-            return await asyncio.gather(*(asyncio.wrap_future(request.future) for request in requests))
+            return await asyncio.gather(*(self.calls.wait(request.future) for request in requests))
         finally:
             self.cancel(requests)
 

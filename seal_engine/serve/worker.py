@@ -23,7 +23,7 @@ import torch
 
 from seal_engine.engine import Engine
 from seal_engine.model.adapters import Adapter
-from seal_engine.model.devices import free_memory, return_freed_memory
+from seal_engine.model.devices import free_memory, release_threads, return_freed_memory
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.requests import Delta
 from seal_engine.serve.requests import (
@@ -101,7 +101,8 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="seal-engine worker", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begin to work. The calling thread's own torch threads end; they come again when it needs them."""
+        release_threads()
         self._thread.start()
 
     @property

@@ -6,7 +6,15 @@ import torch
 from compare import relative_error
 from seal_kernels import packed
 from seal_kernels.linear import frozen_linear
-from seal_kernels.packed import MAX_ROWS, allow_packing, can_pack, is_available, packed_product, prefers_packed
+from seal_kernels.packed import (
+    MAX_ROWS,
+    allow_packing,
+    can_pack,
+    is_available,
+    packed_product,
+    pad_rows,
+    prefers_packed,
+)
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="this torch has no oneDNN")
 O, I = 640, 512  # a little more than MIN_ELEMENTS
@@ -17,7 +25,7 @@ def matrix(dtype, seed=0):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("rows", [1, 3, 64, 512])
+@pytest.mark.parametrize("rows", [1, 3, 37, 64, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_the_plain_product(dtype, rows, bias):
     """Against float64; in bfloat16 x and y are rounded, as in the plain product: 2^-8 each at most."""
@@ -39,6 +47,14 @@ def test_a_change_in_place_is_seen_and_so_is_one_through_a_view():
     after = packed_product(x, weight, None)
     assert torch.equal(after[:, : O // 2], before[:, : O // 2])
     assert relative_error(after[:, O // 2 :], 2 * before[:, O // 2 :]) < 1e-6
+
+
+def test_few_numbers_of_rows_reach_onednn():
+    """16 up to 16 and 8 for each power of two after it, none an eighth above what was asked for; added rows are 0."""
+    sizes = [len(pad_rows(torch.ones(rows, 1))) for rows in range(1025)]
+    assert len(set(sizes)) == 17 + 8 * 6
+    assert all(rows <= size < rows * 9 / 8 or rows == size == 0 for rows, size in enumerate(sizes))
+    assert pad_rows(torch.ones(65, 1)).sum() == 65
 
 
 def test_what_is_packed(monkeypatch):

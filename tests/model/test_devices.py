@@ -65,3 +65,22 @@ def test_a_cpu_keeps_freed_memory_until_it_is_returned():
     assert faults < 4 * PAGES, "pages are cleared again and again"
     assert returned > PAGES // 2, "free pages stay"
     assert run(MALLOC_MMAP_THRESHOLD_="1000000")[0] > 50 * PAGES, "a user's setting is overruled"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads as Linux does")
+def test_the_threads_of_a_thread_that_computes_no_more_end():
+    """Three of four: they come again with the next parallel loop."""
+    program = """
+import os, torch
+from seal_engine.model.devices import release_threads
+torch.set_num_threads(4)
+def threads():
+    torch.ones(2**22).exp_()
+    return len(os.listdir("/proc/self/task"))
+before = threads()
+release_threads()
+released = len(os.listdir("/proc/self/task"))
+print(before - released, threads() - released)
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["3", "3"]

@@ -17,8 +17,8 @@ pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
 from tinker.proto import tinker_public_pb2 as sdk
 from tinker_cases import BASE, SDK_CONNECTIONS, becomes_idle, ids_of, tinker_server
 
+from seal_engine.model.devices import return_freed_memory
 from seal_engine.serve.tinker import messages, models, promises
-from seal_engine.serve.worker import _return_free_memory
 
 pytestmark = SDK_CONNECTIONS
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
@@ -394,7 +394,7 @@ class Fuzzer:
 def resident_bytes():
     """Of this process, once free memory has gone back to the system."""
     gc.collect()
-    _return_free_memory()
+    return_freed_memory()
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("resident memory is read from /proc")
