@@ -153,8 +153,7 @@ def train() -> str:
              f"{peft['seal_engine_times_faster']:.1f}", f"{padded['seal_engine_times_faster']:.0f}",
              f"{ours['percent_of_matrix_rate']:.0f}%"]
         )  # fmt: skip
-    heads = ("base, adapters", "seal_engine", "PEFT", "times faster", "than PEFT, padded",
-             "share of float32's matrix rate")  # fmt: skip
+    heads = ("base, adapters", "seal_engine", "PEFT", "times faster", "than PEFT, padded", "share of the matrix rate")
     return table(heads, lines) + source("bench_train_cpu", machine, " -k test_train")
 
 
@@ -178,23 +177,37 @@ def sample() -> str:
     rows, machine = read("bench_sample_cpu")
     theirs = {0: "Transformers, its best batch size", 32: "PEFT, switching adapters"}
     lines = []
-    for adapters, who in theirs.items():
-        own = [row for row in rows if row.get("than_the_best_of_the_baseline") and row["adapters"] == adapters]
-        ours = pick(own, who="seal_engine")
-        best = max(row["tokens_per_s"] for row in own if row is not ours)
+    for ours in (row for row in rows if row["who"] == "seal_engine" and row.get("than_the_best_of_the_baseline")):
+        case = {name: ours[name] for name in ("shape", "dtype", "adapters", "requests")}
+        others = [row for row in rows if row is not ours and all(row.get(name) == case[name] for name in case)]
+        best = max(row["tokens_per_s"] for row in others)
         lines.append(
-            [str(adapters), f"{rate(ours['tokens_per_s'])} tokens/s", f"{rate(best)} ({who})",
-             f"{ours['than_the_best_of_the_baseline']:.1f}"]
+            [f"{case['shape']} {case['dtype']}", str(case["adapters"]), f"{rate(ours['tokens_per_s'])} tokens/s",
+             f"{rate(best)} ({theirs[case['adapters']]})", f"{ours['than_the_best_of_the_baseline']:.1f}"]
         )  # fmt: skip
     more = []
     for shape in ("2m", "97m"):
         own = [pick(rows, shape=shape, requests=64, adapters=count)["percent_on_top"] for count in (1, 8, 64)]
         more.append(f"{', '.join(f'{value:.0f}' for value in own)}% on the {shape} shape")
     return (
-        table(("adapters", "seal_engine", "the other", "times faster"), lines)
+        table(("base", "adapters", "seal_engine", "the other", "times faster"), lines)
         + prose(f"64 prompts at once take longer with 1, 8 and 64 distinct adapters by {', and '.join(more)}.")
         + source("bench_sample_cpu", machine)
     )
+
+
+def decode() -> str:
+    """Greedy sampling at equal batch sizes beside Transformers."""
+    rows, machine = read("bench_decode_cpu")
+    ours = [row for row in rows if row["who"] == "seal_engine"]
+    counts = sorted({row["rows"] for row in ours})
+    lines = []
+    for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in ours):
+        own = [pick(ours, shape=shape, dtype=dtype, rows=count) for count in counts]
+        cells = [f"{rate(row['tokens_per_s'])} ({row['times_faster']:.2f})" for row in own]
+        lines.append([f"{shape} {dtype}", *cells])
+    heads = ("base", *(f"{count} row{'s' * (count > 1)}" for count in counts))
+    return table(heads, lines) + source("bench_decode_cpu", machine)
 
 
 def seal_round() -> str:
@@ -254,9 +267,10 @@ def speed() -> str:
         factors = [whole[who]["seal_engine_times_faster"] for who in ("peft, one at a time", "peft, padded to 2048")]
         what = f"a round of the knowledge task, 5 passages, {shape} {dtype}"
         lines.append([what, f"{whole['seal_engine']['seconds']:.3g} s", *(f"{factor:.1f}" for factor in factors)])
-    ours = pick([r for r in samples if r.get("than_the_best_of_the_baseline")], adapters=32, who="seal_engine")
+    ours = pick(samples, shape="97m", requests=256, adapters=32, who="seal_engine")
     faster = f"{ours['than_the_best_of_the_baseline']:.1f}"
-    lines.append(["sampling with 32 adapters in one batch, 2m", f"{rate(ours['tokens_per_s'])} tokens/s", faster, ""])
+    what = f"sampling with 32 adapters in one batch, 97m {ours['dtype']}"
+    lines.append([what, f"{rate(ours['tokens_per_s'])} tokens/s", faster, ""])
     on_gpu, gpu = read("bench_seal_round_cuda")
     for part, what in (("training", "150 adapters at once"), ("sampling", "50 completions at once")):
         ours, alone, padded = (row for row in on_gpu if row["part"] == part and row["who"] != "floor")
@@ -394,6 +408,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             train,
             scaling,
             sample,
+            decode,
         ),
         "docs/quantization.md": (quantization,),
         "docs/serve.md": (serve, tinker),
