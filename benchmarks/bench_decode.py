@@ -41,7 +41,7 @@ def test_decode(benchmark, record, tmp_path, shape, dtype, rows):
     compared = TOKENS if dtype == torch.float32 else 1
     equal = sum(a[:compared] == b[:compared] for a, b in zip(ours(), theirs(), strict=True))
     assert equal >= 0.9 * rows, f"{equal} of {rows} answers are the same: no figure for a wrong result"
-    times = measure.side_by_side(benchmark, [theirs, ours], rounds=3)
+    times = measure.side_by_side(benchmark, [theirs, ours], rounds=3 if rows < 256 else 2)
     for who, seconds in zip(("transformers", "seal_engine"), times, strict=True):
         record(
             shape=shape,

@@ -22,11 +22,7 @@ GPU = measure.DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 QV = LoraConfig(r=32, lora_alpha=64, target_modules=("q_proj", "v_proj"))
 # (shape, dtype, requests, Transformers' batch sizes)
-CASES = [
-    ("2m", torch.float32, 256, (16, 64)),
-    ("97m", torch.bfloat16, 256, (16, 64)),
-    ("smollm2-135m", torch.bfloat16, 256, (16, 64)),
-]
+CASES = [("2m", torch.float32, 256, (16, 64)), ("97m", torch.bfloat16, 256, (16, 64))]
 if GPU:
     CASES = [("qwen2.5-7b", torch.bfloat16, 256, (64,))]
 ASKED = slice(None, None, 4 if GPU else 1)  # of the adapters, for PEFT
@@ -125,7 +121,7 @@ def test_generate(benchmark, record, tmp_path, shape, dtype, count, sizes):
 
     outs = ours(owners)
     same([outs[k] for members in asked for k in members], theirs(), dtype)
-    times = measure.side_by_side(benchmark, [*fns, lambda: ours(owners), theirs], rounds=1 if GPU else 2)
+    times = measure.side_by_side(benchmark, [*fns, lambda: ours(owners), theirs], rounds=2 if shape == "2m" else 1)
     tokens = sum(answers)
     times[-1] *= tokens / sum(answers[k] for members in asked for k in members)  # of all adapters, at this rate
     names = ["seal_engine", *(f"transformers, batches of {size}" for size in sizes), "seal_engine", "peft, switching"]

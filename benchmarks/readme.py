@@ -122,7 +122,19 @@ def quantization() -> str:
         lines.append([row["format"], *shown])
     heads = ("format", "weights: error (%)", "logits: error (%)", "perplexity (%)", "losses from bfloat16's (%)",
              "greedy tokens alike of 32", "MiB", "planned / held")  # fmt: skip
-    return table(heads, lines) + source("bench_quantize_cpu", machine, " -k errors")
+    return table(heads, lines) + source("bench_quantize_cpu", machine)
+
+
+def quantized_speed() -> str:
+    """Tokens a second of quantised bases on a CPU."""
+    rows, _ = read("bench_quantize_cpu")
+    decoded = [row for row in rows if row.get("what") == "decoding"]
+    lines = []
+    for name in dict.fromkeys(row["format"] for row in decoded):
+        cells = [f"{pick(decoded, format=name, rows=count)['tokens_per_s']:.1f}" for count in (1, 8)]
+        trained = [row["tokens_per_s"] for row in rows if row.get("what") == "training" and row["format"] == name]
+        lines.append([name, *cells, *map(rate, trained), *[""] * (1 - len(trained))])
+    return table(("format", "decoding, 1 row", "8 rows", "training, 8 adapters"), lines)
 
 
 def model() -> str:
@@ -154,7 +166,7 @@ def train() -> str:
              f"{ours['percent_of_matrix_rate']:.0f}%"]
         )  # fmt: skip
     heads = ("base, adapters", "seal_engine", "PEFT", "times faster", "than PEFT, padded", "share of the matrix rate")
-    return table(heads, lines) + source("bench_train_cpu", machine, " -k test_train")
+    return table(heads, lines) + source("bench_train_cpu", machine, " -k '97m or smollm2'")
 
 
 def scaling() -> str:
@@ -410,7 +422,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             sample,
             decode,
         ),
-        "docs/quantization.md": (quantization,),
+        "docs/quantization.md": (quantization, quantized_speed),
         "docs/serve.md": (serve, tinker),
         "docs/tinker.md": (tinker_recipes,),
         "docs/scaling.md": (cluster_kills, cluster_workers, cluster_simulated),

@@ -19,7 +19,7 @@ def read(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return found["rows"], found["machine"]
 
 
-def pick(rows: Sequence[Row], **wanted: Any) -> Row:
+def pick(rows: Sequence[Row], /, **wanted: Any) -> Row:
     """The only row with these columns."""
     (row,) = (row for row in rows if all(row.get(name) == value for name, value in wanted.items()))
     return row
