@@ -215,9 +215,10 @@ def decode() -> str:
     counts = sorted({row["rows"] for row in ours})
     lines = []
     for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in ours):
-        own = [pick(ours, shape=shape, dtype=dtype, rows=count) for count in counts]
-        cells = [f"{rate(row['tokens_per_s'])} ({row['times_faster']:.2f})" for row in own]
-        lines.append([f"{shape} {dtype}", *cells])
+        own = {row["rows"]: row for row in ours if (row["shape"], row["dtype"]) == (shape, dtype)}
+        cells = [f"{rate(row['tokens_per_s'])} ({row['times_faster']:.2f})" for row in own.values()]
+        shown = dict(zip(own, cells, strict=True))
+        lines.append([f"{shape} {dtype}", *(shown.get(count, "") for count in counts)])
     heads = ("base", *(f"{count} row{'s' * (count > 1)}" for count in counts))
     return table(heads, lines) + source("bench_decode_cpu", machine)
 
