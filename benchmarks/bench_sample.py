@@ -83,11 +83,11 @@ class Padded:
 
 
 def same(ours: list[list[int]], theirs: list[list[int]], dtype: torch.dtype) -> None:
-    """Rounding may turn a near tie, and all that follows: in float32 nearly all answers must be the same, in 16 bits,
-    where such ties are common, their first tokens."""
-    compared = None if dtype == torch.float32 else 1
+    """Rounding may turn a near tie, and all that follows: in float32 nearly all answers must be the same, on a GPU half
+    of them; on a CPU in 16 bits their first tokens."""
+    compared = None if GPU or dtype == torch.float32 else 1
     equal = sum(a[:compared] == b[:compared] for a, b in zip(ours, theirs, strict=True))
-    least = 0.97 if dtype == torch.float32 else 0.9
+    least = 0.5 if GPU else 0.97 if dtype == torch.float32 else 0.9
     assert equal >= least * len(ours), f"{equal} of {len(ours)} answers are the same: no figure for a wrong result"
 
 

@@ -26,7 +26,6 @@ too. Their losses and answers are compared with ours first: there is no figure f
 our time, in which other machines on the same host had the cores.
 """
 
-import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +43,7 @@ from bench_train import PADDED, QV, SEVEN, Batch, OneAtATime, alone, close_to, l
 from seal_engine import Adapter, Engine, LoraConfig, SamplingParams, TrainJob, TrainSequence
 from seal_engine.model.adapter_layout import adapter_layout
 from seal_engine.model.config import ModelConfig
+from seal_engine.model.devices import return_freed_memory
 from seal_round import EPOCHS, REPEATS, Lengths, read_trace, typical
 from shapes import random_model
 
@@ -233,7 +233,7 @@ def release_memory() -> None:
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
-    getattr(ctypes.CDLL(None), "malloc_trim", abs)(0)
+    return_freed_memory()
 
 
 def padded(sequences: Sequence[TrainSequence]) -> Batch:

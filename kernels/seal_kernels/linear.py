@@ -5,9 +5,9 @@ Shapes: x [T, I], W [O, I], b [O]; y [T, O]. 2 T I O FLOPs each way, by the vend
 On the CPU activations are float32 where products do not round them. Where the CPU has matrix instructions for bfloat16
 (AMX, AVX512-BF16), a product with bfloat16 weights rounds x and y to bfloat16, sums being float32: three to six times
 as fast as float32; rows are padded to one of a few numbers (pad_rows in packed.py). What lies between two such products
-may then stay bfloat16, as it is rounded on both sides anyway: x and y need not be of one dtype. Elsewhere
-16-bit products are three times slower than float32 ones, so a 16-bit weight is widened, a slice of rows at a time into
-a scratch that stays in the cache: its memory stays 16-bit (benchmarks/bench_linear.py).
+may then stay bfloat16, as it is rounded on both sides anyway: x and y need not be of one dtype. Elsewhere 16-bit
+products are three times slower than float32 ones, so a 16-bit weight is widened, a slice of rows at a time into a
+scratch that stays in the cache: its memory stays 16-bit (benchmarks/bench_linear.py).
 
 The vendor's product gives a row other bits when the number of rows changes (it may split the sum over I differently).
 A batch-invariant product takes x in tiles of exactly INVARIANT_ROWS rows, the last one padded with zeros: a row's bits
