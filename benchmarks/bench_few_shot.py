@@ -22,8 +22,9 @@ import pytest
 import torch
 
 import measure
-from bench_sample import generate_padded, same
+from bench_sample import generate_padded
 from bench_train import SEVEN, Batch, OneAtATime, load_base
+from greedy import check_answers
 from seal_engine import Engine, SamplingParams, TrainJob
 from seal_engine.domains.few_shot.directive import STRATEGIES, Directive
 from seal_engine.domains.few_shot.task import FewShot, FewShotConfig
@@ -170,7 +171,7 @@ def test_inner_loops(benchmark, record, tmp_path, base, lora):
         assert results[i].losses[:steps] == pytest.approx(losses[:steps], rel=1e-3), "a wrong result"
     own = [answers[i * len(questions[0]) + k] for i in sample for k in range(len(questions[i]))]
     theirs = ask_alone()
-    same(own, theirs, torch.float32)
+    check_answers(peft.model, [ids for i in sample for ids in questions[i]], own, theirs)
     measure.matrix_rate(torch.float32)
     times = measure.side_by_side(benchmark, [train, ask, train_alone, train_by_trainer, ask_alone], rounds=1)
     trained = [sum(results[i].num_tokens for i in members) for members in (everyone, sample)]

@@ -1,13 +1,18 @@
 """Frozen matrices in the layout of oneDNN's products, which a CPU multiplies few rows with faster than a plain matrix.
 
     y = x W^T + b, as in linear.py, for x of few rows: sampling
+    y = silu(x G^T + g) * (x U^T + u), as in swiglu.py, for the rows of one matrix of bfloat16: G, then U
 
 torch's products read a plain matrix; for one to some dozens of rows they reach half of the memory's bandwidth, or
 rearrange the matrix in each call. A packed copy is made once per matrix and takes as many bytes again. Which product is
 faster follows from dtype, rows and CPU alone, not from a measurement at run time: the choice decides the bits of a
 result, and a resumed run must have those of an uninterrupted one. docs/decisions.md has the measurements.
+
+The second product gates while sums are still float32, so that only silu's result and y are rounded, and the gate's and
+the up-projection's are never written. It needs copies of G and U by themselves, which then serve the first one, too.
 """
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +20,17 @@ import torch
 from torch import Tensor
 
 MIN_ELEMENTS = 1 << 18  # a smaller matrix stays in a core's cache, and calls cost more than products
-MAX_ROWS = {torch.bfloat16: 512, torch.float32: 64}
-_ATTRIBUTE = "_packed_copy"  # of a matrix that may be packed: (its version, the copy), or None before the first use
+MAX_ROWS = 512
+_ATTRIBUTE = "_packed"  # of a matrix that may be packed
+
+
+@dataclass
+class _Packed:
+    """Copies of equal parts of a matrix, one behind the other."""
+
+    parts: int
+    version: int = -1  # of the matrix, when they were made
+    copies: list[Tensor] = field(default_factory=list)  # none before the first use
 
 
 @lru_cache
@@ -63,10 +77,22 @@ def can_pack(weight: object) -> bool:
     return fits and weight.dim() == 2 and weight.numel() >= MIN_ELEMENTS and weight.is_contiguous()
 
 
-def allow_packing(weight: object) -> None:
-    """Let products with the matrix use a packed copy, which is made when it is first needed; if packing serves it."""
-    if can_pack(weight):
-        setattr(weight, _ATTRIBUTE, None)
+def allow_packing(weight: object, gated: bool = False) -> None:
+    """Let products with the matrix use a packed copy, which is made when it is first needed; if packing serves it.
+
+    gated: the matrix is that of a SwiGLU, which packed_swiglu multiplies.
+    """
+    if isinstance(weight, Tensor) and can_pack(weight):
+        setattr(weight, _ATTRIBUTE, _Packed(2 if gated and weight.dtype == torch.bfloat16 else 1))
+
+
+def _copies(weight: Tensor) -> list[Tensor]:
+    """The packed copies of the matrix's parts, made again where it has been changed."""
+    packed: _Packed = getattr(weight, _ATTRIBUTE)
+    if packed.version != weight._version:
+        packed.version = weight._version
+        packed.copies = [torch.ops.mkldnn._reorder_linear_weight(part, None) for part in weight.chunk(packed.parts)]
+    return packed.copies
 
 
 def prefers_packed(x: Tensor, weight: Tensor) -> bool:
@@ -74,14 +100,14 @@ def prefers_packed(x: Tensor, weight: Tensor) -> bool:
     if not hasattr(weight, _ATTRIBUTE):
         return False
     if weight.dtype == torch.bfloat16:
-        return 0 < len(x) <= MAX_ROWS[weight.dtype]
+        return 0 < len(x) <= MAX_ROWS
     if x.dtype != torch.float32:
         return False
-    return len(x) > 0 if _multiplies_float32_faster() else 2 < len(x) <= MAX_ROWS[weight.dtype]
+    return len(x) > 0 if _multiplies_float32_faster() else 2 < len(x) <= MAX_ROWS
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [n, I] W^T + b in W's dtype, by the packed copy, which is made again where the matrix has been changed.
+    """x [n, I] W^T + b in W's dtype, by packed copies.
 
     One row of bfloat16 takes the plain matrix: that product reads it at the memory's speed.
     """
@@ -89,9 +115,22 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if len(x) == 1 and weight.dtype == torch.bfloat16:
         y = torch.mv(weight, x[0])[None]
         return y if bias is None else y.add_(bias)
-    copy = getattr(weight, _ATTRIBUTE)
-    if copy is None or copy[0] != weight._version:
-        copy = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        setattr(weight, _ATTRIBUTE, copy)
-    rows = x if x.dtype == torch.float32 else pad_rows(x)
-    return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), copy[1], bias, "none", [], "")[: len(x)]
+    rows, copies = (x if x.dtype == torch.float32 else pad_rows(x)).contiguous(), _copies(weight)
+    biases = [None] * len(copies) if bias is None else bias.chunk(len(copies))
+    pairs = zip(copies, biases, strict=True)
+    parts = [torch.ops.mkldnn._linear_pointwise(rows, copy, own, "none", [], "") for copy, own in pairs]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[: len(x)]
+
+
+def fuses_swiglu(x: Tensor, weight: object) -> bool:
+    """Whether the SwiGLU of x [n, I] times this matrix is to be packed_swiglu's. It has no gradient."""
+    packed: _Packed | None = getattr(weight, _ATTRIBUTE, None)
+    return x.dtype == torch.bfloat16 and packed is not None and packed.parts == 2 and 1 < len(x) <= MAX_ROWS
+
+
+def packed_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """swiglu(x W^T + b) for x [n, I] and W [2 F, I] of bfloat16: [n, F]."""
+    rows, (gate, up) = pad_rows(x).contiguous(), _copies(weight)
+    gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+    activated = torch.ops.mkldnn._linear_pointwise(rows, gate, gate_bias, "swish", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(rows, activated, up, up_bias, "mul")[: len(x)]

@@ -69,7 +69,7 @@ COUNTS: dict[str, dict[str, Count]] = {
     "batch": {"once": Count(1, 0, 0), "new_adapters": Count(2, 0, 0)},
     "paged forward": {"once": Count(4, 1, 0), "layer": Count(4, 7, 0), "group": Count(0, 2, 0)},
     "graph's tensors": {"once": Count(2, 0, 0), "adapters": Count(0, 0, 0)},
-    "sample": {"once": Count(3, 1, 0)},
+    "sample": {"once": Count(2, 1, 0), "prompts": Count(1, 0, 0)},
     "merge": {"projection": Count(12, 0, 1)},
 }
 

@@ -250,7 +250,8 @@ class Simulation:
             phase(fill, *layers, graph_kernels=forward.torch + forward.triton)
         logits = (2 * base.element + 4 + 4 * sample_passes) * self.config.vocab_size * N
         head = work("lm_head", 2 * base.head * N, base.element * base.head)
-        phase(launches("sample", once=1)._replace(waits=waits), head, work("sampling", 0, logits))
+        sample = launches("sample", once=1, prompts=1 if admitted else 0)
+        phase(sample._replace(waits=waits), head, work("sampling", 0, logits))
         self.steps.append((tokens, N))
 
     def update(self, passages: Sequence[Passage]) -> None:

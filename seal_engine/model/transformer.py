@@ -25,7 +25,7 @@ from seal_kernels.contiguous_attention import contiguous_attention
 from seal_kernels.cross_entropy import soft_target_logprobs, token_logprobs
 from seal_kernels.linear import INVARIANT_ROWS, FrozenWeight, frozen_linear
 from seal_kernels.lora import lora_linear
-from seal_kernels.packed import allow_packing, can_pack, multiplies_bfloat16
+from seal_kernels.packed import allow_packing, can_pack, fuses_swiglu, multiplies_bfloat16, packed_swiglu
 from seal_kernels.paged_attention import paged_attention, write_kv
 from seal_kernels.quantized_linear import QuantizedWeight, WeightFormat
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
@@ -119,8 +119,11 @@ class Model:
 
         A copy is made when it is first used.
         """
-        for matrix in self._matrices():
-            allow_packing(matrix)
+        for layer in self.layers:
+            allow_packing(layer.gate_up, gated=True)
+            for matrix in (layer.qkv, layer.o, layer.down):
+                allow_packing(matrix)
+        allow_packing(self.lm_head)
 
     @property
     def packed_bytes(self) -> int:
@@ -299,6 +302,9 @@ class Model:
 
     def _activate(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
         layer, group = self.layers[i], ProjectionGroup.GATE_UP
+        plain = lora is None or (lora.observe is None and (i, group) not in lora.groups)
+        if plain and not (self.batch_invariant or torch.is_grad_enabled()) and fuses_swiglu(x, layer.gate_up):
+            return packed_swiglu(x, layer.gate_up, layer.gate_up_bias)
         gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group, self.product_dtype)  # [T, 2 F]
         return swiglu(gate_up, batch_invariant=self.batch_invariant)  # [T, F]
 

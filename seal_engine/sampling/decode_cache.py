@@ -9,18 +9,21 @@ The K/V of new tokens are written to the slot alone. Each block that is full is 
 prefix index lists it, and what there is of the last block when a slot is given up early.
 """
 
+from collections import abc
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seal_engine.model.devices import free_memory
+from seal_engine.model.graphs import power_of_two
 from seal_engine.model.transformer import Model
 from seal_engine.sampling.kv_cache import KVCache
 from seal_engine.sampling.scheduler import Chunk, Sequence
 from seal_kernels.contiguous_attention import DecodeRows, decode_rows
+from seal_kernels.dispatch import ceil_div
 
 LEAST_WIDTH = 64  # tokens
 LEAST_BYTES = 1 << 26  # that all arenas may take where the paged cache is small
@@ -41,20 +44,19 @@ class _Arena:
     def shape_with(self, num_slots: int) -> torch.Size:
         """The shape of kv once there are so many slots: capacity doubles."""
         L, capacity, *slot = self.kv.shape
-        return torch.Size((L, capacity if num_slots <= capacity else max(1, 2 * capacity), *slot))
+        return torch.Size((L, capacity if num_slots <= capacity else power_of_two(num_slots), *slot))
 
-    def append(self, slot: "_Slot", keys: Tensor, values: Tensor) -> None:
-        """Give the slot a place here. keys, values: of its tokens, [L, tokens, K, E]."""
-        n, K = len(self.slots), keys.shape[2]
-        shape = self.shape_with(n + 1)
+    def append(self, slots: abc.Sequence["_Slot"]) -> Tensor:
+        """Give the slots places here: [L, slots, W, 2 K, E], which are to be written."""
+        first, end = len(self.slots), len(self.slots) + len(slots)
+        shape = self.shape_with(end)
         if shape != self.kv.shape:
             kv, self.kv = self.kv, torch.empty(shape, dtype=self.kv.dtype)
-            self.kv[:, :n] = kv
-        place = self.kv[:, n]
-        place[:, : slot.length, :K], place[:, : slot.length, K:] = keys, values
-        place[:, slot.length :] = 0  # attention multiplies what no query sees by 0, which must not be NaN
-        slot.arena, slot.index = self, n
-        self.slots.append(slot)
+            self.kv[:, :first] = kv[:, :first]
+        for i, slot in enumerate(slots, first):
+            slot.arena, slot.index = self, i
+        self.slots += slots
+        return self.kv[:, first:end]
 
     def remove(self, slot: "_Slot") -> None:
         last = self.slots.pop()
@@ -115,12 +117,16 @@ class DecodeCache:
             known = slot.cache_namespace == slot.sequence.cache_namespace
             if slot.sequence not in rows or not known or slot.length < slot.sequence.num_computed_tokens:
                 self._give_up(slot)
+        wanted: dict[int, list[Sequence]] = {}  # by width, those that need a slot or a wider one
         for sequence in rows:
             slot = self._slots.get(sequence)
             if slot is not None:
                 slot.length = sequence.num_computed_tokens
             if slot is None or slot.length == slot.arena.width:
-                self._move(sequence, slot)
+                length = sequence.num_computed_tokens
+                wanted.setdefault(max(LEAST_WIDTH, 1 << length.bit_length()), []).append(sequence)
+        for width, sequences in wanted.items():
+            self._place(width, sequences)
         taken = []
         for arena in self._arenas.values():
             if arena.slots:
@@ -149,29 +155,46 @@ class DecodeCache:
         """Whether it is past its prompt, all of whose K/V go to blocks, which other samples of a request share."""
         return bool(sequence.completion.token_ids) and sequence.num_computed_tokens > 0
 
-    def _move(self, sequence: Sequence, old: _Slot | None) -> None:
-        """Give a sequence a slot, or a wider one, if memory allows; if not, it has none."""
-        length = sequence.num_computed_tokens
-        width = max(LEAST_WIDTH, 1 << length.bit_length())
+    def _place(self, width: int, sequences: list[Sequence]) -> None:
+        """Give sequences slots of this width, new ones or in place of narrower ones; none to those beyond the limit."""
         arena = self._arenas.setdefault(width, _Arena(self.cache, width))
         others = sum(a.kv.nbytes for a in self._arenas.values() if a is not arena)
-        grown = arena.shape_with(len(arena.slots) + 1).numel() * arena.kv.element_size()
-        if others + grown > self.limit_bytes:
-            if old is not None:
-                self._give_up(old)
-            return
-        if old is None:
-            blocks = torch.tensor(sequence.block_table)
-            keys, values = (
-                cache.index_select(1, blocks).flatten(1, 2)[:, :length]
-                for cache in (self.cache.keys, self.cache.values)
-            )
-        else:
-            keys, values = old.kv.chunk(2, 2)
-        self._slots[sequence] = slot = _Slot(sequence, sequence.cache_namespace, length, arena)
-        arena.append(slot, keys, values)
-        if old is not None:  # whose memory keys and values are views of
+        n, room = len(sequences), self.limit_bytes - others
+        while n and arena.shape_with(len(arena.slots) + n).numel() * arena.kv.element_size() > room:
+            n -= 1
+        for sequence in sequences[n:]:
+            if sequence in self._slots:
+                self._give_up(self._slots[sequence])
+        moved = [self._slots[sequence] for sequence in sequences[:n] if sequence in self._slots]
+        new = [
+            _Slot(sequence, sequence.cache_namespace, sequence.num_computed_tokens, arena)
+            for sequence in sequences[:n]
+            if sequence not in self._slots
+        ]
+        for old in moved:
+            kv, slot = old.kv, replace(old)
+            place = arena.append([slot])[:, 0]
+            place[:, : slot.length] = kv
+            place[:, slot.length :] = 0  # attention multiplies what no query sees by 0, which must not be NaN
             old.arena.remove(old)
+            self._slots[slot.sequence] = slot
+        if new:
+            self._read_blocks(new, arena.append(new))
+            self._slots |= {slot.sequence: slot for slot in new}
+
+    def _read_blocks(self, slots: list[_Slot], places: Tensor) -> None:
+        """Write the K/V of the slots' sequences to their places [L, slots, W, 2 K, E], and zeros behind them."""
+        block_size, W, lengths = self.cache.pool.block_size, places.shape[2], torch.tensor([s.length for s in slots])
+        blocks = torch.zeros(len(slots), ceil_div(int(lengths.max()), block_size), dtype=torch.int64)
+        for row, slot in zip(blocks, slots, strict=True):
+            own = torch.tensor(slot.sequence.block_table[: len(row)])
+            row[: len(own)] = own
+        read = min(W, blocks.shape[1] * block_size)
+        behind = (torch.arange(read) >= lengths[:, None])[:, :, None, None]
+        for place, *caches in zip(places, self.cache.keys, self.cache.values, strict=True):
+            for cache, part in zip(caches, place.chunk(2, 2), strict=True):
+                part[:, :read] = cache[blocks].flatten(1, 2)[:, :read].masked_fill_(behind, 0)
+            place[:, read:] = 0
 
     def _give_up(self, slot: _Slot) -> None:
         """Remove a slot. A sequence that goes on from here finds all its K/V in its blocks."""

@@ -43,7 +43,11 @@ class Draw:
             np.array([sequence.seed for sequence in sequences]),
             np.array([len(sequence.completion.token_ids) + unread for sequence in sequences]),
         )
-        logits = model.logits(hidden.index_select(0, last_tokens))  # [N, V]
+        if rows and list(rows) == list(range(rows[0], rows[0] + len(rows))):  # as in decoding: a view, no launch
+            hidden = hidden[rows[0] : rows[-1] + 1]
+        else:
+            hidden = hidden.index_select(0, last_tokens)
+        logits = model.logits(hidden)  # [N, V]
         self.sequences = sequences
         self.tokens, _ = sample_tokens(_adjust_logits(logits, sequences), *settings, with_logprobs=False)  # [N]
         self._logprobs = _Logprobs.of(logits, self.tokens, sequences)

@@ -1,9 +1,10 @@
 """The Scheduler: which sequences compute how many tokens per step, and which blocks of the K/V cache they hold.
 
-A step computes one token of each sequence that is being continued, then chunks of prompts, up to a token budget. The
-sequences of a request share their prompt's blocks and copy the last one when they write to it. Other requests find a
-common prefix through the prefix index (kv_cache.py), among the blocks of their own model and adapter version. When
-blocks run out, the youngest sequence is preempted: it gives its blocks back and is computed again later.
+A step computes one token of each sequence that is being continued, then chunks of prompts, up to a token budget; on a
+CPU prompts that fill it by themselves are a step of their own. The sequences of a request share their prompt's blocks
+and copy the last one when they write to it. Other requests find a common prefix through the prefix index (kv_cache.py),
+among the blocks of their own model and adapter version. When blocks run out, the youngest sequence is preempted: it
+gives its blocks back and is computed again later.
 """
 
 from collections import abc, deque
@@ -20,6 +21,10 @@ from seal_engine.sampling.detokenizer import Detokenizer
 from seal_engine.sampling.kv_cache import BlockPool, OutOfBlocks
 from seal_engine.sampling.requests import Completion, RequestOutput, SamplingParams
 from seal_kernels.dispatch import ceil_div
+
+# A CPU computes prompts and the tokens that follow them faster apart than in one step; on a GPU these cost little more
+# than the prompts. So many steps of prompts in a row keep the sequences that are being continued waiting.
+MAX_PROMPT_STEPS = 8
 
 
 @dataclass(eq=False)
@@ -113,6 +118,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # the oldest first
         self.tokens_reused = 0  # whose K/V the prefix index had
+        self._prompt_steps_left = 0  # how many more may compute prompts alone
 
     def add(self, request: Request) -> None:
         """Queue the first sequence of a request; the others start when it has computed the prompt."""
@@ -177,6 +183,11 @@ class Scheduler:
         self.pool.free(sequence.block_table)
         sequence.block_table, sequence.num_computed_tokens = [], 0
 
+    @property
+    def _reading(self) -> list[Sequence]:
+        """The running sequences that are still computing their prompts."""
+        return [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+
     def _current_namespace(self, sequence: Sequence) -> Hashable:
         adapter = sequence.request.adapter
         return (self.model.version,) if adapter is None else (self.model.version, adapter.uid, adapter.version)
@@ -186,9 +197,9 @@ class Scheduler:
 
         A sequence is deferred while its next block is being computed for another one: equal prompts are computed once.
         """
-        pool, running = self.pool, self.running
-        budget = token_budget - sum(sequence.num_uncomputed for sequence in running)
-        reading = [sequence for sequence in running if sequence.num_uncomputed > 1]
+        pool, running, reading = self.pool, self.running, self._reading
+        competing = reading if self._prompt_steps_left else running  # for the step's tokens
+        budget = token_budget - sum(sequence.num_uncomputed for sequence in competing)
         blocks_in_flight = {
             self._next_block_key(s.cache_namespace, s.token_ids, s.num_computed_tokens) for s in reading
         }
@@ -239,9 +250,22 @@ class Scheduler:
         return ceil_div(num_tokens, self.pool.block_size)
 
     def _reserve_blocks(self, token_budget: int) -> list[Chunk]:
-        """Reserve blocks for as many tokens as fit the budget; sequences that are being continued come first."""
+        """Reserve blocks for as many tokens as fit the budget; sequences that are being continued come first, unless
+        this is a step of prompts alone."""
+        reading = self._reading
+        if self._prompt_steps_left and sum(sequence.num_uncomputed for sequence in reading) >= token_budget:
+            self._prompt_steps_left -= 1
+            chunks = self._reserve_blocks_for(reading, token_budget)
+            if chunks:  # or there were no blocks
+                return chunks
+        elif self.model.device.type == "cpu":
+            self._prompt_steps_left = MAX_PROMPT_STEPS
+        continued = [sequence for sequence in self.running if sequence.num_uncomputed <= 1]
+        return self._reserve_blocks_for([*continued, *self._reading], token_budget)
+
+    def _reserve_blocks_for(self, sequences: list[Sequence], token_budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in sorted(self.running, key=lambda sequence: sequence.num_uncomputed > 1):
+        for sequence in sequences:
             num_tokens = min(sequence.num_uncomputed, token_budget)
             while num_tokens > 0 and sequence in self.running:  # it may be preempted, by itself or by an earlier one
                 chunk = self._allocate(sequence, num_tokens)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench_sample
 import bench_seal_round
 import plot
 import seal_round
-from seal_engine import Engine
+from greedy import check_answers
+from seal_engine import Engine, SamplingParams
 from seal_engine.cli import bench as verbs_bench
 from seal_engine.cli.main import main
 from shapes import SHAPES, random_model
@@ -116,6 +118,39 @@ def test_pictures_claim_what_the_record_says(monkeypatch):
 def test_every_shape_is_a_model():
     for name in SHAPES:
         assert bench_seal_round.ModelConfig.from_dict(SHAPES[name], name).num_matrix_parameters > 0
+
+
+# The check of greedy answers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapters"])
+def test_one_wrong_token_fails_the_check_of_greedy_answers(tmp_path, dtype, adapted):
+    """Ours pass; so they do not with the token after the most likely one, or with another adapter's answers."""
+    engine = Engine(random_model("2m", dtype, torch.device("cpu")))
+    prompts = torch.randint(1024, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    adapters = bench_sample.make_adapters(engine, 2) if adapted else []
+    owners = [adapters[i % 2] if adapted else None for i in range(8)]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    ours = [out.outputs[0].token_ids for out in engine.generate(prompts, params, owners, progress=False)]
+    model = bench_sample.Padded(engine, adapters, tmp_path).model
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+
+    def check(answers, theirs=ours):
+        use_adapter = lambda i: model.set_adapter(str(i % 2)) if adapted else None  # noqa: E731
+        check_answers(model, prompts, answers, theirs, least=1.0, use_adapter=use_adapter)
+
+    check(ours)
+    assert [parameter.dtype for parameter in model.parameters()] == dtypes
+    wrong = [list(answer) for answer in ours]
+    wrong[5][7] = (wrong[5][7] + 1) % 1024
+    with pytest.raises(AssertionError, match=r"answer 5|7 of 8"):
+        check(wrong)
+    if adapted:
+        with pytest.raises(AssertionError, match=r"answer 0|of 8"):
+            check([*ours[1:], ours[0]])
+    with pytest.raises(AssertionError, match=r"other lengths|7 of 8"):
+        check([*ours[:7], ours[7][:4]])
 
 
 # The verb

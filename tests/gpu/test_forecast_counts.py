@@ -165,8 +165,7 @@ def test_the_table_is_what_is_counted(recorder, device):
         "once": replay["graph's tensors"],
         "adapters": combine((1, replay_with_adapters["graph's tensors"]), (-1, replay["graph's tensors"])),
     }
-    counted["sample"] = {"once": replay["sample"]}
-    assert prompts["loss"] == replay["sample"]
+    counted["sample"] = {"once": replay["sample"], "prompts": combine((1, prompts["loss"]), (-1, replay["sample"]))}
     assert replay["batch"] == replay_with_adapters["batch"] == Count(), "a graph's tensors are written at once"
 
     own = engine(1)

@@ -10,12 +10,17 @@ from seal_kernels.packed import (
     MAX_ROWS,
     allow_packing,
     can_pack,
+    fuses_swiglu,
     is_available,
+    multiplies_bfloat16,
     packed_product,
+    packed_swiglu,
     pad_rows,
     prefers_packed,
 )
+from seal_kernels.swiglu import swiglu, swiglu_ref
 
+multiplies = pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
 pytestmark = pytest.mark.skipif(not is_available(), reason="this torch has no oneDNN")
 O, I = 640, 512  # a little more than MIN_ELEMENTS
 
@@ -37,10 +42,47 @@ def test_equals_the_plain_product(dtype, rows, bias):
     assert error < (1e-6 if dtype == torch.float32 else 2**-8)
 
 
-def test_a_change_in_place_is_seen_and_so_is_one_through_a_view():
-    """Merging an adapter writes into views of a matrix: the copy must be made again."""
-    weight = matrix(torch.float32)
+@pytest.mark.parametrize("rows", [8, 37, 512])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@multiplies
+def test_packed_swiglu_is_nearer_to_the_truth_than_a_product_and_swiglu(rows, bias):
+    """It rounds silu's result and y; they round the gate's product and the up-projection's, too."""
+    weight, b = matrix(torch.bfloat16), torch.randn(O).bfloat16() if bias else None
+    allow_packing(weight, gated=True)
+    x = torch.randn(rows, I).bfloat16() / I**0.5
+    assert fuses_swiglu(x, weight)
+    exact = swiglu_ref(torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double()))
+    fused = packed_swiglu(x, weight, b)
+    assert fused.shape == (rows, O // 2)
+    assert fused.dtype == torch.bfloat16
+    apart = swiglu(packed_product(x, weight, b))
+    assert relative_error(fused, exact) < min(2**-8, relative_error(apart, exact))
+
+
+@multiplies
+def test_what_packed_swiglu_multiplies(monkeypatch):
+    """Several rows of bfloat16, up to MAX_ROWS; the copies of both parts serve the plain product, too."""
+    weight = matrix(torch.bfloat16)
+    assert not fuses_swiglu(torch.zeros(8, I).bfloat16(), weight), "not allowed"
     allow_packing(weight)
+    assert not fuses_swiglu(torch.zeros(8, I).bfloat16(), weight), "not a SwiGLU's"
+    allow_packing(weight, gated=True)
+    sizes = (0, 1, 2, MAX_ROWS, MAX_ROWS + 1)
+    assert [n for n in sizes if fuses_swiglu(torch.zeros(n, I).bfloat16(), weight)] == [2, MAX_ROWS]
+    assert not fuses_swiglu(torch.zeros(8, I), weight), "float32 is not rounded"
+    wide = matrix(torch.float32)
+    allow_packing(wide, gated=True)
+    assert not fuses_swiglu(torch.zeros(8, I), wide), "it saves nothing there"
+    packed_product(torch.randn(8, I), weight, None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # no more copies
+    packed_swiglu(torch.randn(8, I).bfloat16(), weight, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=multiplies)], ids=str)
+def test_a_change_in_place_is_seen_and_so_is_one_through_a_view(dtype):
+    """Merging an adapter writes into views of a matrix: the copy must be made again."""
+    weight = matrix(dtype)
+    allow_packing(weight, gated=True)
     x = torch.randn(5, I)
     before = packed_product(x, weight, None)
     weight.split([O // 2, O // 2])[1].mul_(2.0)
@@ -67,7 +109,7 @@ def test_what_is_packed(monkeypatch):
     allow_packing(small)
     assert not prefers_packed(torch.zeros(8, 16), small)
     allow_packing(large)
-    most = MAX_ROWS[torch.float32]
+    most = MAX_ROWS
     for amd, rows in ((False, [3, most]), (True, [1, 2, 3, most, most + 1])):
         monkeypatch.setattr(packed, "_multiplies_float32_faster", lambda amd=amd: amd)
         chosen = [n for n in (0, 1, 2, 3, most, most + 1) if prefers_packed(torch.zeros(n, I), large)]
@@ -91,4 +133,4 @@ def test_batch_invariant_products_are_not_packed():
     x = torch.randn(40, I)
     whole = frozen_linear(x, weight, batch_invariant=True)
     assert torch.equal(frozen_linear(x[:7], weight, batch_invariant=True), whole[:7])
-    assert getattr(weight, packed._ATTRIBUTE) is None, "no copy was made"
+    assert not getattr(weight, packed._ATTRIBUTE).copies, "no copy was made"

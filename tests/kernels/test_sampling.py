@@ -311,12 +311,13 @@ def test_wrong_logits_are_refused(logits):
 @compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [152_064, 50_257, 1000])
+@pytest.mark.parametrize("logprobs", [None, torch.float32], ids=["", "logprobs"])
 @pytest.mark.parametrize("sm", SM)
-def test_compile_gate(sm, V, dtype):
+def test_compile_gate(sm, logprobs, V, dtype):
     """Without log-probabilities, as the sampler launches it, and with them."""
     args = {"logits_ptr": dtype, "temperature_ptr": torch.float32, "top_k_ptr": torch.int32, "top_p_ptr": torch.float32}
     args |= dict.fromkeys(("seeds_ptr", "counters_ptr", "tokens_ptr"), torch.int64)
-    args |= {"candidates_ptr": torch.float32, "logprobs_ptr": torch.float32 if V == 1000 else None}
+    args |= {"candidates_ptr": torch.float32, "logprobs_ptr": logprobs}
     args |= {"V": V, "stride_n": V, "SCALE": SCALE, "LIMIT": LIMIT, **launch_config(V).options()}
     made = gate(sample_kernel, sm, args, disassemble=V == 152_064)
     assert V != 152_064 or "LDG.E.128" in made.sass

@@ -11,6 +11,8 @@ from sampling_cases import LORAS, alone, finish, params, random_adapter, run, sa
 
 import oracle
 from seal_engine import AdamParams, Datum, Engine
+from seal_engine.sampling import scheduler
+from seal_engine.sampling.scheduler import MAX_PROMPT_STEPS
 
 
 def train(engine, adapter, seed=0):
@@ -20,8 +22,27 @@ def train(engine, adapter, seed=0):
     adapter.release_optimizer_state()
 
 
-def test_prompt_logprobs_of_a_prompt_that_was_preempted(exact):
+def test_prompts_that_fill_a_step_are_alone_in_it_on_a_cpu(exact):
+    """At most MAX_PROMPT_STEPS times in a row: then each sequence that is being continued gets its token."""
+    made = sampler(exact, num_blocks=60, budget=8)
+    made.add_request(None, [1, 2, 3], params(max_tokens=40, seed=0, ignore_eos=True))
+    (delta,) = made.step()
+    for seed, ids in enumerate(oracle.sequences([40] * 4, seed=8)):
+        made.add_request(None, ids, params(max_tokens=1, seed=seed))
+    computed, continued = [], []
+    while len(made.scheduler.running) > 1 or made.scheduler.waiting:
+        before = made.tokens_computed
+        deltas = made.step()
+        computed.append(made.tokens_computed - before)
+        continued.append(any(own.request_id == delta.request_id for own in deltas))
+    assert MAX_PROMPT_STEPS == 8
+    assert continued == [*[*[False] * 8, True] * 2, False, False, True]
+    assert computed == [*[8] * 20, 3], "of 160 tokens two are left for the last step"
+
+
+def test_prompt_logprobs_of_a_prompt_that_was_preempted(exact, monkeypatch):
     """In its middle: an older request grows into its blocks."""
+    monkeypatch.setattr(scheduler, "MAX_PROMPT_STEPS", 0)
     long, short = oracle.sequences([150, 58], seed=8)
     made = sampler(exact, num_blocks=14, budget=8)
     scored, preempted = [], set()
