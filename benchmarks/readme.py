@@ -18,6 +18,7 @@ from readme_forgetting import (
     forgetting_system,
 )
 from readme_gpu import forecast_round, h100_graphs, h100_kernels, h100_round, h100_scaling
+from readme_sampling import busy_core, decode, sample
 from readme_tinker import tinker, tinker_recipes
 from tables import DETAILS, ROOT, SEEDS, Row, percent, pick, prose, rate, read, source, table
 
@@ -182,45 +183,6 @@ def scaling() -> str:
         lines.append([f"{shape}, rank {rank}, {what}, {own[0]['tokens_a_step']:,}", *cells])
     heads = ("shape, adapters, tokens a step", *map(str, counts))
     return table(heads, lines) + source("bench_scaling_cpu", machine)
-
-
-def sample() -> str:
-    """Sampling beside Transformers and PEFT."""
-    rows, machine = read("bench_sample_cpu")
-    theirs = {0: "Transformers, its best batch size", 32: "PEFT, switching adapters"}
-    lines = []
-    for ours in (row for row in rows if row["who"] == "seal_engine" and row.get("than_the_best_of_the_baseline")):
-        case = {name: ours[name] for name in ("shape", "dtype", "adapters", "requests")}
-        others = [row for row in rows if row is not ours and all(row.get(name) == case[name] for name in case)]
-        best = max(row["tokens_per_s"] for row in others)
-        lines.append(
-            [f"{case['shape']} {case['dtype']}", str(case["adapters"]), f"{rate(ours['tokens_per_s'])} tokens/s",
-             f"{rate(best)} ({theirs[case['adapters']]})", f"{ours['than_the_best_of_the_baseline']:.1f}"]
-        )  # fmt: skip
-    more = []
-    for shape in ("2m", "97m"):
-        own = [pick(rows, shape=shape, requests=64, adapters=count)["percent_on_top"] for count in (1, 8, 64)]
-        more.append(f"{', '.join(f'{value:.0f}' for value in own)}% on the {shape} shape")
-    return (
-        table(("base", "adapters", "seal_engine", "the other", "times faster"), lines)
-        + prose(f"64 prompts at once take longer with 1, 8 and 64 distinct adapters by {', and '.join(more)}.")
-        + source("bench_sample_cpu", machine)
-    )
-
-
-def decode() -> str:
-    """Greedy sampling at equal batch sizes beside Transformers."""
-    rows, machine = read("bench_decode_cpu")
-    ours = [row for row in rows if row["who"] == "seal_engine"]
-    counts = sorted({row["rows"] for row in ours})
-    lines = []
-    for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in ours):
-        own = {row["rows"]: row for row in ours if (row["shape"], row["dtype"]) == (shape, dtype)}
-        cells = [f"{rate(row['tokens_per_s'])} ({row['times_faster']:.2f})" for row in own.values()]
-        shown = dict(zip(own, cells, strict=True))
-        lines.append([f"{shape} {dtype}", *(shown.get(count, "") for count in counts)])
-    heads = ("base", *(f"{count} row{'s' * (count > 1)}" for count in counts))
-    return table(heads, lines) + source("bench_decode_cpu", machine)
 
 
 def seal_round() -> str:
@@ -422,6 +384,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             scaling,
             sample,
             decode,
+            busy_core,
         ),
         "docs/quantization.md": (quantization, quantized_speed),
         "docs/serve.md": (serve, tinker),

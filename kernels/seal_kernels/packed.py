@@ -59,8 +59,8 @@ def pad_rows(x: Tensor) -> Tensor:
 
     For each new number of rows oneDNN writes a program, some 0.7 ms and 0.5 MB a matrix, and it keeps 1,024 of them.
     """
-    step = 1 << ((len(x) - 1).bit_length() - 4) if len(x) > 16 else 1
-    missing = -len(x) % step
+    step = 1 << ((x.shape[0] - 1).bit_length() - 4) if x.shape[0] > 16 else 1
+    missing = -x.shape[0] % step
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
@@ -100,10 +100,10 @@ def prefers_packed(x: Tensor, weight: Tensor) -> bool:
     if not hasattr(weight, _ATTRIBUTE):
         return False
     if weight.dtype == torch.bfloat16:
-        return 0 < len(x) <= MAX_ROWS
+        return 0 < x.shape[0] <= MAX_ROWS
     if x.dtype != torch.float32:
         return False
-    return len(x) > 0 if _multiplies_float32_faster() else 2 < len(x) <= MAX_ROWS
+    return x.shape[0] > 0 if _multiplies_float32_faster() else 2 < x.shape[0] <= MAX_ROWS
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,20 +112,22 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     One row of bfloat16 takes the plain matrix: that product reads it at the memory's speed.
     """
     x = x.to(weight.dtype)
-    if len(x) == 1 and weight.dtype == torch.bfloat16:
+    if x.shape[0] == 1 and weight.dtype == torch.bfloat16:
         y = torch.mv(weight, x[0])[None]
         return y if bias is None else y.add_(bias)
     rows, copies = (x if x.dtype == torch.float32 else pad_rows(x)).contiguous(), _copies(weight)
-    biases = [None] * len(copies) if bias is None else bias.chunk(len(copies))
-    pairs = zip(copies, biases, strict=True)
-    parts = [torch.ops.mkldnn._linear_pointwise(rows, copy, own, "none", [], "") for copy, own in pairs]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[: len(x)]
+    if len(copies) == 1:
+        y = torch.ops.mkldnn._linear_pointwise(rows, copies[0], bias, "none", [], "")
+    else:
+        pairs = zip(copies, (None, None) if bias is None else bias.chunk(2), strict=True)
+        y = torch.cat([torch.ops.mkldnn._linear_pointwise(rows, copy, own, "none", [], "") for copy, own in pairs], 1)
+    return y if rows.shape[0] == x.shape[0] else y[: x.shape[0]]
 
 
-def fuses_swiglu(x: Tensor, weight: object) -> bool:
+def fuses_swiglu(x: Tensor, weight: Tensor) -> bool:
     """Whether the SwiGLU of x [n, I] times this matrix is to be packed_swiglu's. It has no gradient."""
     packed: _Packed | None = getattr(weight, _ATTRIBUTE, None)
-    return x.dtype == torch.bfloat16 and packed is not None and packed.parts == 2 and 1 < len(x) <= MAX_ROWS
+    return x.dtype == torch.bfloat16 and packed is not None and packed.parts == 2 and 1 < x.shape[0] <= MAX_ROWS
 
 
 def packed_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,4 +135,4 @@ def packed_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, (gate, up) = pad_rows(x).contiguous(), _copies(weight)
     gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
     activated = torch.ops.mkldnn._linear_pointwise(rows, gate, gate_bias, "swish", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(rows, activated, up, up_bias, "mul")[: len(x)]
+    return torch.ops.mkldnn._linear_pointwise.binary(rows, activated, up, up_bias, "mul")[: x.shape[0]]

@@ -79,11 +79,20 @@ def launch_config(E: int) -> LaunchConfig:
     return LaunchConfig({"BLOCK_N": max(1, 1024 // block), "BLOCK_E": block}, num_warps=4)
 
 
+def _both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, cos) and (-sin, sin), [T, 1, E] each, kept with cos: all layers of a pass turn by the same angles."""
+    kept = getattr(cos, "_both_halves", None)
+    if kept is None or kept[0] is not sin:
+        kept = sin, torch.cat([cos, cos], 1)[:, None], torch.cat([-sin, sin], 1)[:, None]
+        cos._both_halves = kept  # pyright: ignore[reportAttributeAccessIssue]
+    return kept[1:]
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = torch.cat([cos, cos], 1).to(dtype), torch.cat([-sin, sin], 1).to(dtype)
+    cos, sin = (angles.to(dtype) for angles in _both_halves(cos, sin))
     swapped = x.roll(x.shape[-1] // 2, -1)  # x2, x1
-    return torch.mul(x, cos[:, None]).addcmul_(swapped, sin[:, None], value=-1 if inverse else 1).to(x.dtype)
+    return torch.mul(x, cos).addcmul_(swapped, sin, value=-1 if inverse else 1).to(x.dtype)
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ TESTS = {
     "demo": ["tiny"],
     "demo_few_shot": ["tiny_puzzles"],
     "demo_real": ["real"],
+    "neighbour": ["threads"],
     "sample": ["sampler", "scheduler", "text"],
     "scaling": ["train"],
     "seal_round": ["train", "sampler", "bench"],

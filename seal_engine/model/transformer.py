@@ -301,11 +301,12 @@ class Model:
         return down(_checkpoint(activate, x))
 
     def _activate(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
-        layer, group = self.layers[i], ProjectionGroup.GATE_UP
+        group, weight, bias = ProjectionGroup.GATE_UP, self.layers[i].gate_up, self.layers[i].gate_up_bias
         plain = lora is None or (lora.observe is None and (i, group) not in lora.groups)
-        if plain and not (self.batch_invariant or torch.is_grad_enabled()) and fuses_swiglu(x, layer.gate_up):
-            return packed_swiglu(x, layer.gate_up, layer.gate_up_bias)
-        gate_up = self._project(x, layer.gate_up, layer.gate_up_bias, lora, i, group, self.product_dtype)  # [T, 2 F]
+        may_fuse = plain and not self.batch_invariant and not torch.is_grad_enabled()
+        if may_fuse and isinstance(weight, Tensor) and fuses_swiglu(x, weight):
+            return packed_swiglu(x, weight, bias)
+        gate_up = self._project(x, weight, bias, lora, i, group, self.product_dtype)  # [T, 2 F]
         return swiglu(gate_up, batch_invariant=self.batch_invariant)  # [T, F]
 
     def _down(self, i: int, lora: LoraBatch | None, activated: Tensor, dtype: torch.dtype) -> Tensor:

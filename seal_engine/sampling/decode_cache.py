@@ -80,7 +80,7 @@ class _Slot:
 
 
 class DecodeCache:
-    """`take` before a step, `flush` after it."""
+    """`take` before a step, `flush` after it if sequences were taken."""
 
     def __init__(self, cache: KVCache, limit_bytes: int):
         """cache: the paged one. limit_bytes: of all arenas; sequences beyond are decoded from their blocks."""
@@ -114,9 +114,13 @@ class DecodeCache:
             if chunk.num_tokens == 1 and self._decodes(chunk.sequence)
         }
         for slot in list(self._slots.values()):
-            known = slot.cache_namespace == slot.sequence.cache_namespace
-            if slot.sequence not in rows or not known or slot.length < slot.sequence.num_computed_tokens:
+            sequence, known = slot.sequence, slot.cache_namespace == slot.sequence.cache_namespace
+            waits = not rows and sequence.block_table and slot.length == sequence.num_computed_tokens
+            goes_on = sequence in rows and slot.length >= sequence.num_computed_tokens
+            if not (known and (waits or goes_on)):
                 self._give_up(slot)
+        if not rows:  # a step of prompts
+            return []
         wanted: dict[int, list[Sequence]] = {}  # by width, those that need a slot or a wider one
         for sequence in rows:
             slot = self._slots.get(sequence)
@@ -162,25 +166,24 @@ class DecodeCache:
         n, room = len(sequences), self.limit_bytes - others
         while n and arena.shape_with(len(arena.slots) + n).numel() * arena.kv.element_size() > room:
             n -= 1
-        for sequence in sequences[n:]:
-            if sequence in self._slots:
-                self._give_up(self._slots[sequence])
-        moved = [self._slots[sequence] for sequence in sequences[:n] if sequence in self._slots]
+        narrower = [self._slots[sequence] for sequence in sequences[:n] if sequence in self._slots]
+        moved = [replace(slot) for slot in narrower]
         new = [
             _Slot(sequence, sequence.cache_namespace, sequence.num_computed_tokens, arena)
             for sequence in sequences[:n]
             if sequence not in self._slots
         ]
-        for old in moved:
-            kv, slot = old.kv, replace(old)
-            place = arena.append([slot])[:, 0]
-            place[:, : slot.length] = kv
-            place[:, slot.length :] = 0  # attention multiplies what no query sees by 0, which must not be NaN
+        places = arena.append([*moved, *new])
+        for old, place in zip(narrower, places.unbind(1), strict=False):
+            place[:, : old.length] = old.kv
+            place[:, old.length :] = 0  # attention multiplies what no query sees by 0, which must not be NaN
             old.arena.remove(old)
-            self._slots[slot.sequence] = slot
         if new:
-            self._read_blocks(new, arena.append(new))
-            self._slots |= {slot.sequence: slot for slot in new}
+            self._read_blocks(new, places[:, len(moved) :])
+        self._slots |= {slot.sequence: slot for slot in (*moved, *new)}
+        for sequence in sequences[n:]:
+            if sequence in self._slots:
+                self._give_up(self._slots[sequence])
 
     def _read_blocks(self, slots: list[_Slot], places: Tensor) -> None:
         """Write the K/V of the slots' sequences to their places [L, slots, W, 2 K, E], and zeros behind them."""

@@ -306,7 +306,7 @@ class Sampler:
             hidden = self.graphs.hidden_states(arrays, keys, values, lora, tokens, token_ids)
         else:
             hidden = self.model.hidden_states(arrays.batch(keys, values, decoding), lora)
-        if self.decode_cache is not None:
+        if self.decode_cache is not None and decoding:
             self.decode_cache.flush()
         self.tokens_computed += len(hidden)
         return hidden

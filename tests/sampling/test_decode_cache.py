@@ -84,3 +84,26 @@ def test_a_slot_holds_no_number_of_an_earlier_sequence(engine):
         sampler.step()
     assert [sampler.poll(i).error for i in range(3)] == [None] * 3
     assert len(sampler.poll(2).outputs[0].token_ids) == 8
+
+
+def test_sequences_keep_their_slots_while_prompts_are_computed(engine, monkeypatch):
+    """They wait, and go on where they were: no slot is given up, and the tokens are those of each request alone."""
+    own, prompts = params(max_tokens=12, temperature=0.0), [list(range(20)), list(range(40)), list(range(5, 85))]
+    alone = [tokens(engine.generate([ids], own, progress=False))[0] for ids in prompts]
+    sampler = engine.sampler(num_blocks=64)
+    sampler.token_budget = 16
+    ids = [sampler.add_request(None, prompt, own) for prompt in prompts[:2]]
+    while len(sampler.output(ids[1]).outputs[0].token_ids) < 3:
+        sampler.step()
+    cache, give_up, given_up = sampler.decode_cache, DecodeCache._give_up, []
+    monkeypatch.setattr(DecodeCache, "_give_up", lambda self, slot: given_up.append(slot) or give_up(self, slot))
+    before = [(slot.index, slot.length) for slot in cache._slots.values()]
+    ids.append(sampler.add_request(None, prompts[2], own))
+    for _ in range(5):
+        assert sampler.step() == [] or sampler.output(ids[2]).outputs[0].token_ids
+        assert [(slot.index, slot.length) for slot in cache._slots.values()] == before
+    assert len(before) == 2
+    assert given_up == []
+    while sampler.busy:
+        sampler.step()
+    assert tokens([sampler.poll(i) for i in ids]) == alone
