@@ -5,9 +5,12 @@ import torch
 
 import oracle
 from compare import relative_error
-from seal_engine import Engine
+from seal_engine import Engine, LoraConfig
+from seal_engine.model import transformer
 from seal_engine.types import PackedBatch
+from seal_kernels import packed
 from seal_kernels.cross_entropy import cross_entropy
+from seal_kernels.packed import multiplies_bfloat16
 
 LENGTHS = [1, 40, 2, 17, 129, 5]
 
@@ -55,3 +58,28 @@ def test_16_bit_is_no_further_from_the_truth_than_transformers(name, dtype, tmp_
     assert relative_error(ours, truth) <= 1.5 * relative_error(rounded, truth)
     truth = oracle.embedding_gradients(theirs, batch)
     assert relative_error(our_gradient, truth) <= 1.5 * relative_error(rounded_gradient, truth)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "all-linear adapter"])
+@pytest.mark.parametrize("name", ["llama", "llama-biases-tied", "qwen3"])
+def test_packed_bfloat16_is_no_further_from_the_truth_than_plain(name, adapted, tmp_path, monkeypatch):
+    """Where matrices are packed, SwiGLU is part of the gate's and the up-projection's products, but for adapters."""
+    monkeypatch.setattr(packed, "MIN_ELEMENTS", 1)
+    fused, packed_swiglu = [], transformer.packed_swiglu
+    monkeypatch.setattr(transformer, "packed_swiglu", lambda *args: fused.append(args) or packed_swiglu(*args))
+    directory = oracle.save(oracle.make_model(name).to(torch.bfloat16), tmp_path / "checkpoint")
+    batch = oracle.sequences([1, 40, 11])
+
+    def logits(dtype, pack):
+        engine = Engine.from_pretrained(directory, device="cpu", dtype=dtype, pack_weights=pack)
+        adapter = engine.create_adapter(LoraConfig(r=3, target_modules="all-linear"), seed=0) if adapted else None
+        for _, _, b in () if adapter is None else adapter.projections():
+            b.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        fused.clear()
+        return torch.cat(engine.logits(batch, adapter)), len(fused)
+
+    truth, none = logits("float32", False)
+    (plain, before), (ours, layers) = logits("bfloat16", False), logits("bfloat16", True)
+    assert (none, before, layers) == (0, 0, 0 if adapted else 3)
+    assert relative_error(ours, truth) <= 1.2 * relative_error(plain, truth)
