@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import ceil_div
-from seal_kernels.packed import multiplies_bfloat16
 
 # (queries per tile, the most queries of a sequence that is cut into such tiles)
 TILES = ((1, 1), (16, 64), (64, 1 << 31))
@@ -117,8 +116,7 @@ def paged_attention_cpu(
     and key head at a time, in one thread, so that a tile's bits do not depend on the others. A tile reads only keys of
     its sequence, also where it gives them no weight: other places of the cache may hold anything."""
     (T, H, E), K = q.shape, key_cache.shape[2]
-    group, rounds = H // K, q.dtype == key_cache.dtype == torch.bfloat16 and multiplies_bfloat16()
-    wide = q.dtype if rounds and not batch_invariant else torch.promote_types(q.dtype, torch.float32)
+    group, wide = H // K, torch.promote_types(q.dtype, torch.float32)
     out: Tensor | None = None
     all_tiles: Iterable[Tiles] | None = None if shared is None else shared.get(window)
     if all_tiles is None:
