@@ -134,7 +134,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Both are contiguous, but on the CPU parts of one contiguous [T, H + K, E] where q and k are neighbours like that.
 
     q: [T, H, E], k: [T, K, E], of one dtype, E even, the last dimension contiguous. cos, sin: [T, E/2], contiguous,
-    float32. Raises ValueError on other shapes.
+    float32; not to be changed in place, as on the CPU what follows from them is kept with cos. Raises ValueError on
+    other shapes.
     """
     if q.dim() != 3 or k.dim() != 3 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or k.dtype != q.dtype:
         raise ValueError(f"rotary: q [T, H, E] and k [T, K, E] of one dtype, not {tuple(q.shape)}, {tuple(k.shape)}")

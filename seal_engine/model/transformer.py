@@ -302,8 +302,8 @@ class Model:
 
     def _activate(self, i: int, lora: LoraBatch | None, x: Tensor) -> Tensor:
         group, weight, bias = ProjectionGroup.GATE_UP, self.layers[i].gate_up, self.layers[i].gate_up_bias
-        plain = lora is None or (lora.observe is None and (i, group) not in lora.groups)
-        may_fuse = plain and not self.batch_invariant and not torch.is_grad_enabled()
+        unadapted = lora is None or (lora.observe is None and (i, group) not in lora.groups)
+        may_fuse = unadapted and not self.batch_invariant and not torch.is_grad_enabled()
         if may_fuse and isinstance(weight, Tensor) and fuses_swiglu(x, weight):
             return packed_swiglu(x, weight, bias)
         gate_up = self._project(x, weight, bias, lora, i, group, self.product_dtype)  # [T, 2 F]

@@ -103,6 +103,15 @@ def test_backward_undoes_forward():
         torch.testing.assert_close(x.grad, x.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_other_angles_turn_otherwise():
+    """What the CPU keeps of the angles of one call serves the next only if both of its tensors are the same."""
+    q, k = randn(5, 2, 8, dtype=torch.float32), randn(5, 1, 8, dtype=torch.float32)
+    (cos, sin), (other_cos, other_sin) = angles(torch.arange(5), 8), angles(torch.arange(5, 10), 8)
+    for pair in ((cos, sin), (cos, other_sin), (other_cos, sin), (cos, sin)):
+        for ours, truth in zip(rotary(q, k, *pair), rotary_ref(q, k, *pair), strict=True):
+            torch.testing.assert_close(ours, truth)
+
+
 def test_no_tokens():
     q, k = torch.zeros(0, 3, 8, device=DEVICE, requires_grad=True), torch.zeros(0, 1, 8, device=DEVICE)
     turned = rotary(q, k, *angles(torch.zeros(0), 8))

@@ -63,7 +63,7 @@ def test_16_bit_is_no_further_from_the_truth_than_transformers(name, dtype, tmp_
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "all-linear adapter"])
 @pytest.mark.parametrize("name", ["llama", "llama-biases-tied", "qwen3"])
-def test_packed_bfloat16_is_no_further_from_the_truth_than_plain(name, adapted, tmp_path, monkeypatch):
+def test_packed_bfloat16_is_no_further_from_the_truth_than_unpacked(name, adapted, tmp_path, monkeypatch):
     """Where matrices are packed, SwiGLU is part of the gate's and the up-projection's products, but for adapters."""
     monkeypatch.setattr(packed, "MIN_ELEMENTS", 1)
     fused, packed_swiglu = [], transformer.packed_swiglu
@@ -80,6 +80,6 @@ def test_packed_bfloat16_is_no_further_from_the_truth_than_plain(name, adapted, 
         return torch.cat(engine.logits(batch, adapter)), len(fused)
 
     truth, none = logits("float32", False)
-    (plain, before), (ours, layers) = logits("bfloat16", False), logits("bfloat16", True)
+    (unpacked, before), (ours, layers) = logits("bfloat16", False), logits("bfloat16", True)
     assert (none, before, layers) == (0, 0, 0 if adapted else 3)
-    assert relative_error(ours, truth) <= 1.2 * relative_error(plain, truth)
+    assert relative_error(ours, truth) <= 1.2 * relative_error(unpacked, truth)
