@@ -40,8 +40,11 @@ def is_available() -> bool:
 
 
 @lru_cache
-def _multiplies_float32_faster() -> bool:
-    """Whether oneDNN's float32 products are faster than those of torch's library (MKL) for all numbers of rows."""
+def packs_all_rows() -> bool:
+    """Whether packed products are the fastest for all numbers of rows, as on a CPU of AMD.
+
+    Elsewhere one row of bfloat16, and few and many of float32, take the plain matrix.
+    """
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -103,16 +106,16 @@ def prefers_packed(x: Tensor, weight: Tensor) -> bool:
         return 0 < x.shape[0] <= MAX_ROWS
     if x.dtype != torch.float32:
         return False
-    return x.shape[0] > 0 if _multiplies_float32_faster() else 2 < x.shape[0] <= MAX_ROWS
+    return x.shape[0] > 0 if packs_all_rows() else 2 < x.shape[0] <= MAX_ROWS
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [n, I] W^T + b in W's dtype, by packed copies.
 
-    One row of bfloat16 takes the plain matrix: that product reads it at the memory's speed.
+    One row of bfloat16 may take the plain matrix, where that product reads it at the memory's speed.
     """
     x = x.to(weight.dtype)
-    if x.shape[0] == 1 and weight.dtype == torch.bfloat16:
+    if x.shape[0] == 1 and weight.dtype == torch.bfloat16 and not packs_all_rows():
         y = torch.mv(weight, x[0])[None]
         return y if bias is None else y.add_(bias)
     rows, copies = (x if x.dtype == torch.float32 else pad_rows(x)).contiguous(), _copies(weight)
@@ -127,7 +130,8 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def fuses_swiglu(x: Tensor, weight: Tensor) -> bool:
     """Whether the SwiGLU of x [n, I] times this matrix is to be packed_swiglu's. It has no gradient."""
     packed: _Packed | None = getattr(weight, _ATTRIBUTE, None)
-    return x.dtype == torch.bfloat16 and packed is not None and packed.parts == 2 and 1 < x.shape[0] <= MAX_ROWS
+    least = 1 if packs_all_rows() else 2
+    return x.dtype == torch.bfloat16 and packed is not None and packed.parts == 2 and least <= x.shape[0] <= MAX_ROWS
 
 
 def packed_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

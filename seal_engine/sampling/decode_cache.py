@@ -35,33 +35,38 @@ class _Arena:
     def __init__(self, cache: KVCache, width: int):
         L, _, _, K, E = cache.keys.shape
         self.slots: list[_Slot] = []
-        self.kv = torch.empty(L, 0, width, 2 * K, E, dtype=cache.keys.dtype)
+        self.kv = torch.empty(L, 2, 0, K, width, E, dtype=cache.keys.dtype)
 
     @property
     def width(self) -> int:
-        return self.kv.shape[2]
+        return self.kv.shape[4]
+
+    @property
+    def tokens(self) -> Tensor:
+        """The K/V of its slots, tokens before heads as in the paged cache: [L, S, W, 2, K, E]."""
+        return self.kv.permute(0, 2, 4, 1, 3, 5)
 
     def shape_with(self, num_slots: int) -> torch.Size:
         """The shape of kv once there are so many slots: capacity doubles."""
-        L, capacity, *slot = self.kv.shape
-        return torch.Size((L, capacity if num_slots <= capacity else power_of_two(num_slots), *slot))
+        L, two, capacity, *slot = self.kv.shape
+        return torch.Size((L, two, capacity if num_slots <= capacity else power_of_two(num_slots), *slot))
 
     def append(self, slots: abc.Sequence["_Slot"]) -> Tensor:
-        """Give the slots places here: [L, slots, W, 2 K, E], which are to be written."""
+        """Give the slots places here: [L, slots, W, 2, K, E], which are to be written."""
         first, end = len(self.slots), len(self.slots) + len(slots)
         shape = self.shape_with(end)
         if shape != self.kv.shape:
             kv, self.kv = self.kv, torch.empty(shape, dtype=self.kv.dtype)
-            self.kv[:, :first] = kv[:, :first]
+            self.kv[:, :, :first] = kv[:, :, :first]
         for i, slot in enumerate(slots, first):
             slot.arena, slot.index = self, i
         self.slots += slots
-        return self.kv[:, first:end]
+        return self.tokens[:, first:end]
 
     def remove(self, slot: "_Slot") -> None:
         last = self.slots.pop()
         if last is not slot:
-            self.kv[:, slot.index] = self.kv[:, last.index]
+            self.kv[:, :, slot.index] = self.kv[:, :, last.index]
             self.slots[slot.index], last.index = last, slot.index
 
 
@@ -75,8 +80,8 @@ class _Slot:
 
     @property
     def kv(self) -> Tensor:
-        """Keys and values of its tokens, [L, tokens, 2 K, E]."""
-        return self.arena.kv[:, self.index, : self.length]
+        """Keys and values of its tokens, [L, tokens, 2, K, E]."""
+        return self.arena.tokens[:, self.index, : self.length]
 
 
 class DecodeCache:
@@ -150,9 +155,9 @@ class DecodeCache:
             if full:
                 first = torch.tensor([slot.length - block_size for slot in full])
                 tokens = first[:, None] + torch.arange(block_size)
-                kv = arena.kv[:, torch.tensor([slot.index for slot in full])[:, None], tokens]  # [L, n, B, 2 K, E]
+                kv = arena.tokens[:, torch.tensor([slot.index for slot in full])[:, None], tokens]  # [L, n, B, 2, K, E]
                 blocks = torch.tensor([slot.sequence.block_table[slot.length // block_size - 1] for slot in full])
-                for cache, part in zip((self.cache.keys, self.cache.values), kv.chunk(2, 3), strict=True):
+                for cache, part in zip((self.cache.keys, self.cache.values), kv.unbind(3), strict=True):
                     cache.index_copy_(1, blocks, part)
 
     def _decodes(self, sequence: Sequence) -> bool:
@@ -186,7 +191,7 @@ class DecodeCache:
                 self._give_up(self._slots[sequence])
 
     def _read_blocks(self, slots: list[_Slot], places: Tensor) -> None:
-        """Write the K/V of the slots' sequences to their places [L, slots, W, 2 K, E], and zeros behind them."""
+        """Write the K/V of the slots' sequences to their places [L, slots, W, 2, K, E], and zeros behind them."""
         block_size, W, lengths = self.cache.pool.block_size, places.shape[2], torch.tensor([s.length for s in slots])
         blocks = torch.zeros(len(slots), ceil_div(int(lengths.max()), block_size), dtype=torch.int64)
         for row, slot in zip(blocks, slots, strict=True):
@@ -195,7 +200,7 @@ class DecodeCache:
         read = min(W, blocks.shape[1] * block_size)
         behind = (torch.arange(read) >= lengths[:, None])[:, :, None, None]
         for place, *caches in zip(places, self.cache.keys, self.cache.values, strict=True):
-            for cache, part in zip(caches, place.chunk(2, 2), strict=True):
+            for cache, part in zip(caches, place.unbind(2), strict=True):
                 part[:, :read] = cache[blocks].flatten(1, 2)[:, :read].masked_fill_(behind, 0)
             place[:, read:] = 0
 
@@ -206,7 +211,7 @@ class DecodeCache:
         goes_on = slot.cache_namespace == sequence.cache_namespace and sequence.num_computed_tokens == slot.length
         if sequence.block_table and goes_on and behind:
             block = sequence.block_table[slot.length // block_size]
-            for cache, part in zip((self.cache.keys, self.cache.values), slot.kv[:, -behind:].chunk(2, 2), strict=True):
+            for cache, part in zip((self.cache.keys, self.cache.values), slot.kv[:, -behind:].unbind(2), strict=True):
                 cache[:, block, :behind] = part
         slot.arena.remove(slot)
         del self._slots[sequence]

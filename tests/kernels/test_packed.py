@@ -42,11 +42,24 @@ def test_equals_the_plain_product(dtype, rows, bias):
     assert error < (1e-6 if dtype == torch.float32 else 2**-8)
 
 
-@pytest.mark.parametrize("rows", [8, 37, 512])
+@multiplies
+def test_one_row_of_bfloat16_is_read_where_that_is_faster(monkeypatch):
+    """On AMD from the packed copy; elsewhere from the plain matrix, and no copy is made."""
+    for amd in (False, True):
+        monkeypatch.setattr(packed, "packs_all_rows", lambda amd=amd: amd)
+        weight, x = matrix(torch.bfloat16), torch.randn(1, I)
+        allow_packing(weight)
+        error = relative_error(packed_product(x, weight, None), x.double() @ weight.double().T)
+        assert error < 2**-8
+        assert bool(getattr(weight, packed._ATTRIBUTE).copies) == amd
+
+
+@pytest.mark.parametrize("rows", [1, 8, 37, 512])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @multiplies
-def test_packed_swiglu_is_nearer_to_the_truth_than_a_product_and_swiglu(rows, bias):
+def test_packed_swiglu_is_nearer_to_the_truth_than_a_product_and_swiglu(rows, bias, monkeypatch):
     """It rounds silu's result and y; they round the gate's product and the up-projection's, too."""
+    monkeypatch.setattr(packed, "packs_all_rows", lambda: True)
     weight, b = matrix(torch.bfloat16), torch.randn(O).bfloat16() if bias else None
     allow_packing(weight, gated=True)
     x = torch.randn(rows, I).bfloat16() / I**0.5
@@ -61,14 +74,16 @@ def test_packed_swiglu_is_nearer_to_the_truth_than_a_product_and_swiglu(rows, bi
 
 @multiplies
 def test_what_packed_swiglu_multiplies(monkeypatch):
-    """Several rows of bfloat16, up to MAX_ROWS; the copies of both parts serve the plain product, too."""
+    """Rows of bfloat16 up to MAX_ROWS, one alone on AMD only; both parts' copies serve the plain product, too."""
     weight = matrix(torch.bfloat16)
     assert not fuses_swiglu(torch.zeros(8, I).bfloat16(), weight), "not allowed"
     allow_packing(weight)
     assert not fuses_swiglu(torch.zeros(8, I).bfloat16(), weight), "not a SwiGLU's"
     allow_packing(weight, gated=True)
     sizes = (0, 1, 2, MAX_ROWS, MAX_ROWS + 1)
-    assert [n for n in sizes if fuses_swiglu(torch.zeros(n, I).bfloat16(), weight)] == [2, MAX_ROWS]
+    for amd, rows in ((False, [2, MAX_ROWS]), (True, [1, 2, MAX_ROWS])):
+        monkeypatch.setattr(packed, "packs_all_rows", lambda amd=amd: amd)
+        assert [n for n in sizes if fuses_swiglu(torch.zeros(n, I).bfloat16(), weight)] == rows
     assert not fuses_swiglu(torch.zeros(8, I), weight), "float32 is not rounded"
     wide = matrix(torch.float32)
     allow_packing(wide, gated=True)
@@ -111,7 +126,7 @@ def test_what_is_packed(monkeypatch):
     allow_packing(large)
     most = MAX_ROWS
     for amd, rows in ((False, [3, most]), (True, [1, 2, 3, most, most + 1])):
-        monkeypatch.setattr(packed, "_multiplies_float32_faster", lambda amd=amd: amd)
+        monkeypatch.setattr(packed, "packs_all_rows", lambda amd=amd: amd)
         chosen = [n for n in (0, 1, 2, 3, most, most + 1) if prefers_packed(torch.zeros(n, I), large)]
         assert chosen == rows
 

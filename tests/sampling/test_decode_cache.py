@@ -77,7 +77,7 @@ def test_a_slot_holds_no_number_of_an_earlier_sequence(engine):
         sampler.step()
     (arena,) = sampler.decode_cache._arenas.values()
     assert len(arena.slots) == 2
-    arena.kv[:, 1] = float("nan")
+    arena.kv[:, :, 1] = float("nan")
     sampler.cancel(1)
     sampler.add_request(None, [5], params(max_tokens=8, temperature=0.0))
     while sampler.busy:
