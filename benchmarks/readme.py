@@ -70,7 +70,7 @@ def demos() -> str:
     )
     heads = ("method", "miniature (%)", "sd", "SmolLM2-135M (%)", "95%: ±")
     files = "`bench_demo_cpu.json` and `bench_demo_real_cpu.json` of `benchmarks/results`"
-    where = ", ".join(dict.fromkeys([machine["device"], machine["date"], on["date"]]))
+    where = ", ".join(dict.fromkeys(own[key] for key in ("device", "date") for own in (machine, on)))
     return table(heads, lines) + prose(text) + prose(f"Recorded in {files} ({where}); commands: {DETAILS}.")
 
 
@@ -153,8 +153,12 @@ def model() -> str:
 
 
 def train() -> str:
-    """Training beside PEFT."""
-    rows, machine = read("bench_train_cpu")
+    """Training beside PEFT, on two CPUs."""
+    return "\n".join(map(_train, ("bench_train_cpu", "bench_train_cpu_amx")))
+
+
+def _train(name: str) -> str:
+    rows, machine = read(name)
     lines = []
     for ours in (row for row in rows if row["who"] == "seal_engine"):
         case = {name: ours[name] for name in ("shape", "dtype", "adapters", "rank", "projections")}
@@ -167,7 +171,7 @@ def train() -> str:
              f"{ours['percent_of_matrix_rate']:.0f}%"]
         )  # fmt: skip
     heads = ("base, adapters", "seal_engine", "PEFT", "times faster", "than PEFT, padded", "share of the matrix rate")
-    return table(heads, lines) + source("bench_train_cpu", machine, " -k '97m or smollm2'")
+    return table(heads, lines) + source(name, machine, " -k '97m or smollm2'")
 
 
 def scaling() -> str:
@@ -235,7 +239,7 @@ def few_shot() -> str:
 def speed() -> str:
     """The main comparisons in one small table."""
     rows, machine = read("bench_seal_round_cpu")
-    samples, _ = read("bench_sample_cpu")
+    samples, on = read("bench_sample_cpu")
     lines = []
     for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
         whole = {r["who"]: r for r in rows if (r["shape"], r["dtype"], r["part"]) == (shape, dtype, "round")}
@@ -259,7 +263,7 @@ def speed() -> str:
     lines.append([what, share, "", ""])
     heads = ("two CPU cores; one H100", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
     files = "`benchmarks/results/bench_seal_round_*.json` and `bench_sample_cpu.json`"
-    where = f"{machine['device']}, {machine['date']}; {gpu['device']}, {gpu['date']}"
+    where = "; ".join(dict.fromkeys(f"{own['device']}, {own['date']}" for own in (machine, on, gpu)))
     return table(heads, lines) + prose(f"Recorded in {files} ({where}). What they mean: {DETAILS}.")
 
 

@@ -28,8 +28,12 @@ def sample() -> str:
 
 
 def decode() -> str:
-    """Greedy sampling at equal batch sizes beside Transformers."""
-    rows, machine = read("bench_decode_cpu")
+    """Greedy sampling at equal batch sizes beside Transformers, on two CPUs."""
+    return "\n".join(map(_decode, ("bench_decode_cpu", "bench_decode_cpu_amx")))
+
+
+def _decode(name: str) -> str:
+    rows, machine = read(name)
     ours = [row for row in rows if row["who"] == "seal_engine"]
     counts = sorted({row["rows"] for row in ours})
     lines = []
@@ -39,7 +43,7 @@ def decode() -> str:
         shown = dict(zip(own, cells, strict=True))
         lines.append([f"{shape} {dtype}", *(shown.get(count, "") for count in counts)])
     heads = ("base", *(f"{count} row{'s' * (count > 1)}" for count in counts))
-    return table(heads, lines) + source("bench_decode_cpu", machine)
+    return table(heads, lines) + source(name, machine)
 
 
 def busy_core() -> str:

@@ -99,7 +99,7 @@ SHAPES = {
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Model:
-    """The shape's model with normal(0, 0.02) matrices, norms of one and small biases."""
+    """The shape's model with normal(0, 0.02) matrices, norms of one and small biases; packed as a checkpoint's is."""
     config = ModelConfig.from_dict(SHAPES[shape], shape)
     model = Model(config, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -108,4 +108,5 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device, seed: int
             view.fill_(1.0)
         else:
             view.normal_(0.0, 0.02, generator=generator)
+    model.allow_packing()
     return model

@@ -89,8 +89,9 @@ class Engine:
         can then be trained on and sampled from, not merged into or saved. FP8 and bitsandbytes' NF4 stay as stored.
         deterministic: an adapter trained alone and among any others comes out the same bit for bit (on a CPU), not
         only to float32 rounding.
-        pack_weights: on a CPU, whether sampling may use packed copies of the large matrices, which are faster for few
-        rows and take as much memory again (`plan` counts them); None: if they take at most a quarter of what is free.
+        pack_weights: on a CPU, whether products may use packed copies of the large matrices, which are faster for few
+        rows and take as much memory again (on AMD in float32 for all rows, and twice as much, the second time for
+        training); `plan` counts them. None: if they take at most a quarter of what is free.
         Raises InputError (a ValueError) naming the file and field for anything that cannot be loaded.
         """
         path = parse_path(path)

@@ -11,7 +11,7 @@ from seal_engine.model.adapter_layout import AdapterLayout, adapter_layout
 from seal_engine.model.config import ModelConfig
 from seal_engine.types import InputError, LoraConfig, is_integer, is_number, require
 from seal_kernels.cross_entropy import CHUNK_BYTES, CPU_CHUNK_BYTES
-from seal_kernels.packed import MIN_ELEMENTS, packs
+from seal_kernels.packed import MIN_ELEMENTS, num_copies, packs
 from seal_kernels.quantized_linear import WeightFormat
 
 RECOMPUTE = ("none", "mlp", "layer")
@@ -31,7 +31,7 @@ class Plan:
     gradient_bytes: int
     moment_bytes: int
     activation_bytes: int
-    packed_bytes: int  # of packed copies of the weights, which sampling uses on a CPU
+    packed_bytes: int  # of packed copies of the weights, which a CPU uses
     kv_bytes: int  # a block table's worth: what is left, for sampling
     matrix_seconds: float  # base products, 4 N FLOPs a token (6 N and more when recomputing)
     adapter_matrix_seconds: float  # low-rank products, 6 FLOPs a parameter and token
@@ -69,11 +69,12 @@ def activation_bytes(
 def packed_weight_bytes(
     config: ModelConfig, dtype: torch.dtype, free_bytes: int, quantization: WeightFormat | None = None
 ) -> int:
-    """The packed copies that sampling makes on a CPU with so much memory beside the weights, as `from_pretrained` does
-    by default: of the large matrices, if they take at most a quarter of it."""
+    """The packed copies that are made on a CPU with so much memory beside the weights, as `from_pretrained` does by
+    default: of the large matrices, if they take at most a quarter of it."""
     D, F = config.hidden_size, config.intermediate_size
     layer = [D * (config.query_size + 2 * config.key_value_size), D * config.query_size, 2 * D * F, D * F]
-    matrices = [*(layer * config.num_hidden_layers if quantization is None else []), D * config.vocab_size]
+    linears = layer * config.num_hidden_layers * num_copies(dtype) if quantization is None else []
+    matrices = [*linears, D * config.vocab_size]
     total = sum(size for size in matrices if size >= MIN_ELEMENTS) * dtype.itemsize
     return total if packs(dtype) and total <= free_bytes // 4 else 0
 

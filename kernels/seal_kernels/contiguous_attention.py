@@ -29,9 +29,8 @@ class DecodeRows(NamedTuple):
     kv: Tensor  # [L, 2, S, K, W, E]
     tokens: Tensor | None  # [n] int64: sequence i's row of the step's tokens; None: rows 0 .. n - 1, all there are
     places: Tensor  # [n 2 K] int64: where among a layer's 2 S K W vectors those of the newest tokens are
-    mask: Tensor  # [n, 1, 1, w] in kv's dtype: 0 for a sequence's tokens, -inf behind them; or, if batched,
-    # [m, 1, W] float32, m >= n
-    batched: bool  # whether attention is by products of all heads at once, over whole slots
+    batched: bool  # whether attention is by products of all heads at once, over whole slots: those of m >= n sequences
+    mask: Tensor  # [n, 1, 1, w] in kv's dtype; if batched, [m, 1, W] float32: 0 for what a sequence has, -inf behind it
 
 
 def decode_rows(kv: Tensor, tokens: Tensor | None, context_lens: Tensor) -> DecodeRows:
@@ -43,9 +42,9 @@ def decode_rows(kv: Tensor, tokens: Tensor | None, context_lens: Tensor) -> Deco
     width = W if batched else min(W, -(-int(context_lens.max()) // 16) * 16)
     unseen = torch.arange(width) >= context_lens[:, None]
     mask = torch.zeros(n, width, dtype=torch.float32 if batched else kv.dtype).masked_fill_(unseen, float("-inf"))
-    mask = mask[:, None, None] if not batched else (pad_rows(mask) if kv.dtype == torch.bfloat16 else mask)[:, None]
+    mask = pad_rows(mask)[:, None] if batched else mask[:, None, None]
     heads = torch.arange(n)[:, None] * K + torch.tensor([range(K), range(S * K, (S + 1) * K)]).flatten()  # [n, 2 K]
-    return DecodeRows(kv, tokens, (heads * W + context_lens[:, None] - 1).flatten(), mask, batched)
+    return DecodeRows(kv, tokens, (heads * W + context_lens[:, None] - 1).flatten(), batched, mask)
 
 
 def contiguous_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, rows: DecodeRows) -> Tensor:
@@ -71,9 +70,7 @@ def contiguous_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, rows: Deco
 def _batched_attention(q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
     """q [n, K, G, E], kv [2, S, K, W, E], mask [m, 1, W]: [n, K, G, E], by three or four operations on all heads."""
     n, K, G, E = q.shape
-    rows = q.reshape(n, -1)
-    if q.dtype == torch.bfloat16:
-        rows = pad_rows(rows)  # for slots that are no sequence's; there are as many, as S is a power of two
+    rows = pad_rows(q.reshape(n, -1))  # S is a power of two: there are slots for them, and no one reads the results
     queries, (keys, values) = rows.reshape(-1, G, E), kv[:, : len(rows)].flatten(1, 2)  # [m K, G, E], [m K, W, E] each
     scores = torch.bmm(queries, keys.mT)
     if scores.dtype == torch.bfloat16:  # whose rounding would be felt: another product gives what it took away

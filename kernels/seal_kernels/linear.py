@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from seal_kernels.dispatch import apply
-from seal_kernels.packed import multiplies_bfloat16, packed_product, pad_rows, prefers_packed
+from seal_kernels.packed import (
+    multiplies_bfloat16,
+    packed_backward_product,
+    packed_product,
+    pad_rows,
+    prefers_packed,
+    prefers_packed_backward,
+)
 
 if TYPE_CHECKING:
     from seal_kernels.quantized_linear import QuantizedWeight
@@ -142,6 +149,8 @@ def frozen_linear_backward(dy: Tensor, weight: FrozenWeight, batch_invariant: bo
         return weight.backward(dy, batch_invariant, dtype)
 
     def product(dy: Tensor) -> Tensor:
+        if not batch_invariant and prefers_packed_backward(dy, weight):
+            return packed_backward_product(dy, weight).to(dtype)
         return multiply_backward(dy, weight, dy.new_empty(len(dy), weight.shape[1], dtype=dtype))
 
     return in_tiles(product, dy, INVARIANT_ROWS) if batch_invariant else product(dy)

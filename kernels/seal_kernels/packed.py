@@ -1,6 +1,6 @@
 """Frozen matrices in the layout of oneDNN's products, which a CPU multiplies few rows with faster than a plain matrix.
 
-    y = x W^T + b, as in linear.py, for x of few rows: sampling
+    y = x W^T + b, as in linear.py, for x of few rows: sampling; dx = dy W, where float32 is faster for many rows, too
     y = silu(x G^T + g) * (x U^T + u), as in swiglu.py, for the rows of one matrix of bfloat16: G, then U
 
 torch's products read a plain matrix; for one to some dozens of rows they reach half of the memory's bandwidth, or
@@ -26,11 +26,12 @@ _ATTRIBUTE = "_packed"  # of a matrix that may be packed
 
 @dataclass
 class _Packed:
-    """Copies of equal parts of a matrix, one behind the other."""
+    """Copies of equal parts of a matrix, one behind the other, and one of the whole transposed, for backward."""
 
     parts: int
     version: int = -1  # of the matrix, when they were made
     copies: list[Tensor] = field(default_factory=list)  # none before the first use
+    transposed: Tensor | None = None  # None before the first use
 
 
 @lru_cache
@@ -58,9 +59,9 @@ def multiplies_bfloat16() -> bool:
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """bfloat16 x [T, I] with rows of zeros added, at most an eighth of T: eight numbers of rows for each power of two.
+    """x [T, I] with rows of zeros added, at most an eighth of T: eight numbers of rows for each power of two.
 
-    For each new number of rows oneDNN writes a program, some 0.7 ms and 0.5 MB a matrix, and it keeps 1,024 of them.
+    For each new number of rows of bfloat16 oneDNN writes a program, some 0.7 ms and 0.5 MB a matrix, and keeps 1,024.
     """
     step = 1 << ((x.shape[0] - 1).bit_length() - 4) if x.shape[0] > 16 else 1
     missing = -x.shape[0] % step
@@ -89,11 +90,23 @@ def allow_packing(weight: object, gated: bool = False) -> None:
         setattr(weight, _ATTRIBUTE, _Packed(2 if gated and weight.dtype == torch.bfloat16 else 1))
 
 
-def _copies(weight: Tensor) -> list[Tensor]:
-    """The packed copies of the matrix's parts, made again where it has been changed."""
+def num_copies(dtype: torch.dtype) -> int:
+    """Copies of a matrix where packing serves its dtype, if it is trained through."""
+    return 2 if dtype == torch.float32 and packs_all_rows() else 1
+
+
+def _current(weight: Tensor) -> _Packed:
+    """What belongs to the matrix, without copies where it has been changed since they were made."""
     packed: _Packed = getattr(weight, _ATTRIBUTE)
     if packed.version != weight._version:
-        packed.version = weight._version
+        packed.version, packed.copies, packed.transposed = weight._version, [], None
+    return packed
+
+
+def _copies(weight: Tensor) -> list[Tensor]:
+    """The packed copies of the matrix's parts."""
+    packed = _current(weight)
+    if not packed.copies:
         packed.copies = [torch.ops.mkldnn._reorder_linear_weight(part, None) for part in weight.chunk(packed.parts)]
     return packed.copies
 
@@ -125,6 +138,20 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         pairs = zip(copies, (None, None) if bias is None else bias.chunk(2), strict=True)
         y = torch.cat([torch.ops.mkldnn._linear_pointwise(rows, copy, own, "none", [], "") for copy, own in pairs], 1)
     return y if rows.shape[0] == x.shape[0] else y[: x.shape[0]]
+
+
+def prefers_packed_backward(dy: Tensor, weight: Tensor) -> bool:
+    """Whether dy [n, O] times this matrix is to be packed_backward_product's."""
+    allowed = hasattr(weight, _ATTRIBUTE) and packs_all_rows()
+    return allowed and weight.dtype == dy.dtype == torch.float32 and dy.shape[0] > 0
+
+
+def packed_backward_product(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy [n, O] W: [n, I], in float32."""
+    packed = _current(weight)
+    if packed.transposed is None:
+        packed.transposed = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous(), None)
+    return torch.ops.mkldnn._linear_pointwise(dy.contiguous(), packed.transposed, None, "none", [], "")
 
 
 def fuses_swiglu(x: Tensor, weight: Tensor) -> bool:

@@ -176,7 +176,7 @@ def _plan_table(made: Plan, memory_bytes: int) -> str:
         "their gradients": made.gradient_bytes,
         "their moments": made.moment_bytes,
         "activations": made.activation_bytes,
-        "packed copies for sampling": made.packed_bytes,
+        "packed copies of weights": made.packed_bytes,
         "left for sampling": made.kv_bytes,
     }
     sizes["kept free"] = memory_bytes - sum(sizes.values())

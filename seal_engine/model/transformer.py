@@ -25,7 +25,7 @@ from seal_kernels.contiguous_attention import contiguous_attention
 from seal_kernels.cross_entropy import soft_target_logprobs, token_logprobs
 from seal_kernels.linear import INVARIANT_ROWS, FrozenWeight, frozen_linear
 from seal_kernels.lora import lora_linear
-from seal_kernels.packed import allow_packing, can_pack, fuses_swiglu, multiplies_bfloat16, packed_swiglu
+from seal_kernels.packed import allow_packing, can_pack, fuses_swiglu, multiplies_bfloat16, num_copies, packed_swiglu
 from seal_kernels.paged_attention import paged_attention, write_kv
 from seal_kernels.quantized_linear import QuantizedWeight, WeightFormat
 from seal_kernels.rms_norm import add_rms_norm, rms_norm
@@ -115,7 +115,7 @@ class Model:
         self.inverse_frequencies = c.rope.inverse_frequencies(E).to(device)  # [E / 2] float32
 
     def allow_packing(self) -> None:
-        """Let a CPU's products with few rows use packed copies of the large matrices, which take as much memory again.
+        """Let a CPU's products use packed copies of the large matrices where they are faster: packed_bytes of memory.
 
         A copy is made when it is first used.
         """
@@ -128,11 +128,9 @@ class Model:
     @property
     def packed_bytes(self) -> int:
         """The memory of packed copies of all matrices that packing serves, on this device."""
-        return sum(matrix.nbytes for matrix in self._matrices() if can_pack(matrix))
-
-    def _matrices(self) -> list[FrozenWeight]:
-        per_layer = [[layer.qkv, layer.o, layer.gate_up, layer.down] for layer in self.layers]
-        return [*chain.from_iterable(per_layer), self.lm_head]
+        linears = chain.from_iterable([layer.qkv, layer.o, layer.gate_up, layer.down] for layer in self.layers)
+        copies = [*((matrix, num_copies(self.dtype)) for matrix in linears), (self.lm_head, 1)]
+        return sum(matrix.nbytes * count for matrix, count in copies if can_pack(matrix))
 
     def named_tensors(self) -> Iterator[tuple[str, Any]]:
         """(Hugging Face name, view of the parameter: a Tensor, or a QuantizedWeight). A tied lm_head is not listed."""

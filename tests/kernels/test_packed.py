@@ -13,10 +13,12 @@ from seal_kernels.packed import (
     fuses_swiglu,
     is_available,
     multiplies_bfloat16,
+    packed_backward_product,
     packed_product,
     packed_swiglu,
     pad_rows,
     prefers_packed,
+    prefers_packed_backward,
 )
 from seal_kernels.swiglu import swiglu, swiglu_ref
 
@@ -40,6 +42,35 @@ def test_equals_the_plain_product(dtype, rows, bias):
     expected = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
     error = relative_error(packed_product(x, weight, b), expected)
     assert error < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("rows", [1, 37, 600])
+def test_backward_equals_the_plain_product(rows):
+    """Against float64, also after the matrix has changed."""
+    weight, dy = matrix(torch.float32), torch.randn(rows, O)
+    allow_packing(weight)
+    for _ in range(2):
+        assert relative_error(packed_backward_product(dy, weight), dy.double() @ weight.double()) < 1e-6
+        weight.mul_(2.0)
+
+
+def test_what_is_packed_for_backward(monkeypatch):
+    """float32 on AMD: a gradient there goes through packed copies alone, which are counted."""
+    weight, x = matrix(torch.float32), torch.randn(40, I, requires_grad=True)
+    dy, allowed = torch.zeros(2, O), matrix(torch.float32)
+    allow_packing(allowed)
+    for amd in (False, True):
+        monkeypatch.setattr(packed, "packs_all_rows", lambda amd=amd: amd)
+        assert packed.num_copies(torch.float32) == 1 + amd
+        assert packed.num_copies(torch.bfloat16) == 1
+        assert prefers_packed_backward(dy, allowed) == amd
+        assert not prefers_packed_backward(dy[:0], allowed)
+        assert not prefers_packed_backward(dy.bfloat16(), allowed)
+        assert not prefers_packed_backward(dy, weight), "not allowed"
+        for invariant in (True, False):
+            frozen_linear(x, allowed, batch_invariant=invariant).sum().backward()
+            made = getattr(allowed, packed._ATTRIBUTE).transposed is not None
+            assert made == (amd and not invariant), "bits that do not depend on the batch need products of one size"
 
 
 @multiplies
