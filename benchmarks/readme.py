@@ -262,9 +262,9 @@ def speed() -> str:
     share = f"{rate(many['tokens_per_s'])} tokens/s: {100 * many['of_one_adapter']:.0f}% of one adapter's"
     lines.append([what, share, "", ""])
     heads = ("two CPU cores; one H100", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
-    files = "`benchmarks/results/bench_seal_round_*.json` and `bench_sample_cpu.json`"
-    where = "; ".join(dict.fromkeys(f"{own['device']}, {own['date']}" for own in (machine, on, gpu)))
-    return table(heads, lines) + prose(f"Recorded in {files} ({where}). What they mean: {DETAILS}.")
+    files = "`bench_seal_round_*.json` and `bench_sample_cpu.json`"
+    where = "; ".join(f"{own['device'].removesuffix(', 2 threads')}, {own['date']}" for own in (machine, on, gpu))
+    return table(heads, lines) + prose(f"Recorded in {files} ({where}); meaning: {DETAILS}.")
 
 
 def serve() -> str:
