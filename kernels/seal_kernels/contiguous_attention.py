@@ -8,8 +8,8 @@ reads them as they are, a head's tokens one behind the other. A new token's keys
 Shapes: q [n, H, E]; kv [2, S, K, W, E], keys and values of S >= n sequences of at most W tokens. Bytes: 2 w K E per
 sequence of w tokens. It has no Triton form: on a GPU the paged kernel reads blocks in place.
 
-torch's flash kernel multiplies a head's few queries at a time. On a CPU of AMD products of all heads at once are faster
-where slots are short and sequences many (docs/decisions.md). They read whole slots.
+torch's flash kernel multiplies a head's few queries at a time. On a CPU of AMD float32 products of all heads at once are
+faster where slots are short (docs/decisions.md). They read whole slots.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seal_kernels.packed import multiplies_bfloat16, packs_all_rows, pad_rows
+from seal_kernels.packed import packs_all_rows
 
 BATCHED_ELEMENTS = 1 << 13  # of a head's slot, W E, up to which products of all heads at once are faster
-BATCHED_ROWS = 32  # sequences from which they are, in bfloat16
 
 
 class DecodeRows(NamedTuple):
@@ -29,20 +28,17 @@ class DecodeRows(NamedTuple):
     kv: Tensor  # [L, 2, S, K, W, E]
     tokens: Tensor | None  # [n] int64: sequence i's row of the step's tokens; None: rows 0 .. n - 1, all there are
     places: Tensor  # [n 2 K] int64: where among a layer's 2 S K W vectors those of the newest tokens are
-    batched: bool  # whether attention is by products of all heads at once, over whole slots: those of m >= n sequences
-    mask: Tensor  # [n, 1, 1, w] in kv's dtype; if batched, [m, 1, W] float32: 0 for what a sequence has, -inf behind it
+    batched: bool  # whether attention is by products of all heads at once, over whole slots
+    mask: Tensor  # [n, 1, 1, w] in kv's dtype, w = W if batched: 0 for a sequence's tokens, -inf behind them
 
 
 def decode_rows(kv: Tensor, tokens: Tensor | None, context_lens: Tensor) -> DecodeRows:
     """kv: [L, 2, S, K, W, E]. context_lens: [n] int64, from 1 to W, new tokens included."""
     n, (S, K, W, E) = len(context_lens), kv.shape[2:]
-    batched = packs_all_rows() and W * E <= BATCHED_ELEMENTS
-    if kv.dtype != torch.float32:
-        batched &= kv.dtype == torch.bfloat16 and multiplies_bfloat16() and n >= BATCHED_ROWS
+    batched = kv.dtype == torch.float32 and packs_all_rows() and W * E <= BATCHED_ELEMENTS
     width = W if batched else min(W, -(-int(context_lens.max()) // 16) * 16)
     unseen = torch.arange(width) >= context_lens[:, None]
-    mask = torch.zeros(n, width, dtype=torch.float32 if batched else kv.dtype).masked_fill_(unseen, float("-inf"))
-    mask = pad_rows(mask)[:, None] if batched else mask[:, None, None]
+    mask = torch.zeros(n, 1, 1, width, dtype=kv.dtype).masked_fill_(unseen[:, None, None], float("-inf"))
     heads = torch.arange(n)[:, None] * K + torch.tensor([range(K), range(S * K, (S + 1) * K)]).flatten()  # [n, 2 K]
     return DecodeRows(kv, tokens, (heads * W + context_lens[:, None] - 1).flatten(), batched, mask)
 
@@ -68,13 +64,9 @@ def contiguous_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, rows: Deco
 
 
 def _batched_attention(q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
-    """q [n, K, G, E], kv [2, S, K, W, E], mask [m, 1, W]: [n, K, G, E], by three or four operations on all heads."""
+    """q [n, K, G, E], kv [2, S, K, W, E], mask [n, 1, 1, W]: [n, K, G, E], by three operations on all heads."""
     n, K, G, E = q.shape
-    rows = pad_rows(q.reshape(n, -1))  # S is a power of two: there are slots for them, and no one reads the results
-    queries, (keys, values) = rows.reshape(-1, G, E), kv[:, : len(rows)].flatten(1, 2)  # [m K, G, E], [m K, W, E] each
-    scores = torch.bmm(queries, keys.mT)
-    if scores.dtype == torch.bfloat16:  # whose rounding would be felt: another product gives what it took away
-        scores = torch.baddbmm(scores, queries, keys.mT, beta=-1).float().add_(scores)
-    weights = torch.add(mask, scores.view(len(rows), K * G, -1), alpha=E**-0.5).softmax(-1)
-    out = torch.bmm(weights.to(q.dtype).view(-1, G, weights.shape[-1]), values)
-    return out.view(-1, K, G, E)[:n]
+    keys, values = kv[:, :n].flatten(1, 2)  # [n K, W, E] each
+    scores = torch.bmm(q.reshape(n * K, G, E), keys.mT).view(n, K, G, -1)
+    weights = torch.add(mask, scores, alpha=E**-0.5).softmax(-1)
+    return torch.bmm(weights.view(n * K, G, -1), values).view(n, K, G, E)
