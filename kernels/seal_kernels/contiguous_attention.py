@@ -8,8 +8,8 @@ reads them as they are, a head's tokens one behind the other. A new token's keys
 Shapes: q [n, H, E]; kv [2, S, K, W, E], keys and values of S >= n sequences of at most W tokens. Bytes: 2 w K E per
 sequence of w tokens. It has no Triton form: on a GPU the paged kernel reads blocks in place.
 
-torch's flash kernel multiplies a head's few queries at a time. On a CPU of AMD float32 products of all heads at once are
-faster where slots are short (docs/decisions.md). They read whole slots.
+torch's flash kernel multiplies a head's few queries at a time. On a CPU of AMD products of all heads at once are faster
+in float32 where slots are short (docs/decisions.md). They read whole slots.
 """
 
 from typing import NamedTuple
