@@ -44,7 +44,7 @@ def is_available() -> bool:
 def packs_all_rows() -> bool:
     """Whether packed products are the fastest for all numbers of rows, as on a CPU of AMD.
 
-    Elsewhere one row of bfloat16, and few and many of float32, take the plain matrix.
+    Elsewhere one row of bfloat16, and few and many of float32, take the matrix unpacked.
     """
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
@@ -125,7 +125,7 @@ def prefers_packed(x: Tensor, weight: Tensor) -> bool:
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [n, I] W^T + b in W's dtype, by packed copies.
 
-    One row of bfloat16 may take the plain matrix, where that product reads it at the memory's speed.
+    One row of bfloat16 may take the matrix unpacked, where that product reads it at the memory's speed.
     """
     x = x.to(weight.dtype)
     if x.shape[0] == 1 and weight.dtype == torch.bfloat16 and not packs_all_rows():

@@ -75,7 +75,7 @@ def test_what_is_packed_for_backward(monkeypatch):
 
 @multiplies
 def test_one_row_of_bfloat16_is_read_where_that_is_faster(monkeypatch):
-    """On AMD from the packed copy; elsewhere from the plain matrix, and no copy is made."""
+    """On AMD from the packed copy; elsewhere from the matrix itself, and no copy is made."""
     for amd in (False, True):
         monkeypatch.setattr(packed, "packs_all_rows", lambda amd=amd: amd)
         weight, x = matrix(torch.bfloat16), torch.randn(1, I)
@@ -105,7 +105,7 @@ def test_packed_swiglu_is_nearer_to_the_truth_than_a_product_and_swiglu(rows, bi
 
 @multiplies
 def test_what_packed_swiglu_multiplies(monkeypatch):
-    """Rows of bfloat16 up to MAX_ROWS, one alone on AMD only; both parts' copies serve the plain product, too."""
+    """Rows of bfloat16 up to MAX_ROWS, one alone on AMD only; both parts' copies serve the product alone, too."""
     weight = matrix(torch.bfloat16)
     assert not fuses_swiglu(torch.zeros(8, I).bfloat16(), weight), "not allowed"
     allow_packing(weight)
