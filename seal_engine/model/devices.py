@@ -11,16 +11,25 @@ from seal_engine.files import show
 from seal_engine.model.config import DTYPES
 from seal_engine.types import InputError
 
-# Parameters of glibc's mallopt, and the largest threshold for mmap that it takes.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 25
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now; on a CPU what the allocator keeps goes back to the system first."""
+    """Bytes that can be allocated now.
+
+    On a CPU memory that glibc keeps is not counted while half of the machine's is free without it. Otherwise it goes
+    back to the system first, which must clear its pages when they are taken again.
+    """
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
-    return_freed_memory()
+    if _available_memory(device) < total_memory(device) // 2:
+        return_freed_memory()
+    return _available_memory(device)
+
+
+def _available_memory(device: torch.device) -> int:
+    """What the system gives without swapping, in bytes."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -53,8 +62,8 @@ def configure_allocator(device: torch.device) -> None:
     elif not any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def return_freed_memory() -> None:
