@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ SAMPLING, TRAINING = "sampling", "training"
 KEPT_STEP_TIMES = 1024
 CPU_BLOCKS = 4096  # 65,536 tokens
 TRIM_TURNS = 1000  # between two times that free memory goes back to the system
+IDLE_SECONDS = 5.0  # until it does where nothing is due
 log = logging.getLogger("seal_engine")
 
 
@@ -215,7 +216,12 @@ class Worker:
         """Run what was submitted since the last turn; where nothing is due, wait for it."""
         if self._next_kind() is None and not self._patient:
             self._last_step_end = None
-            self._inbox.get()()
+            try:
+                submitted = self._inbox.get(timeout=IDLE_SECONDS)
+            except Empty:
+                return_freed_memory()
+                submitted = self._inbox.get()
+            submitted()
         for _ in range(self._inbox.qsize()):
             self._inbox.get()()
 

@@ -215,6 +215,17 @@ def test_a_step_that_fails_fails_its_requests_and_no_later_one(worker, monkeypat
     assert again.future.result(30).outputs[0].finish_reason
 
 
+def test_an_idle_worker_returns_memory_once(worker, monkeypatch):
+    """What its last work took belongs to others then."""
+    returned = []
+    monkeypatch.setattr("seal_engine.serve.worker.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("seal_engine.serve.worker.return_freed_memory", lambda: returned.append(worker.busy))
+    (request,) = worker.train([job()])
+    request.future.result(30)
+    sleep(0.5)
+    assert returned == [False]
+
+
 def test_after_the_end_nothing_is_taken(engine):
     made = Worker(engine, num_blocks=50)
     made.start()
