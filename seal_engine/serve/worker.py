@@ -45,7 +45,7 @@ SAMPLING, TRAINING = "sampling", "training"
 KEPT_STEP_TIMES = 1024
 CPU_BLOCKS = 4096  # 65,536 tokens
 TRIM_TURNS = 1000  # between two times that free memory goes back to the system
-IDLE_SECONDS = 5.0  # until it does where nothing is due
+IDLE_SECONDS = 5.0  # with nothing due, after which it goes back, too
 log = logging.getLogger("seal_engine")
 
 
