@@ -35,10 +35,13 @@ demo-real: $(RUNTIME)
 
 # The same kernel tests run three ways: torch on the CPU, the Triton code in its interpreter, Triton on a GPU. In the
 # interpreter the whole engine runs, too, on a CUDA device that is pretended (tests/gpu).
-# loadgroup: tests that read one expensive result run in one worker.
+# loadgroup: tests that read one expensive result run in one worker. A test that hangs for ten minutes ends the run, which
+# names it and says where each of its threads was.
+TEST := -m pytest -n 2 --dist loadgroup --max-worker-restart=0
+TEST += -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 test: $(DEVELOPMENT)
-	$(PY) -m pytest -n 2 --dist loadgroup
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadgroup tests/kernels tests/gpu
+	$(PY) $(TEST)
+	TRITON_INTERPRET=1 $(PY) $(TEST) tests/kernels tests/gpu
 
 # Each part once, in half a minute: imports, a kernel, a training step, a sample, the loop on a toy domain.
 smoke: $(DEVELOPMENT)

@@ -15,6 +15,7 @@ import pytest
 import measure
 from bench_serve import BASE, QUICK, Client, in_threads, server
 from seal_engine import AdamParams, Datum, Engine, LoraConfig
+from tinker_client import service_client  # pyright: ignore[reportMissingImports]
 
 tinker = pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
 
@@ -28,7 +29,7 @@ RATE = 1e-3
 def sdk(address: str) -> Iterator[Any]:
     """A client of the SDK."""
     os.environ["TINKER_TELEMETRY"] = "0"
-    with tinker.ServiceClient(base_url=f"http://{address}", api_key="tml-local") as client:
+    with service_client(f"http://{address}") as client:
         yield client
 
 

@@ -18,7 +18,6 @@ from tinker_cases import (
     logprobs,
     prompt,
     sampling,
-    service_client,
     shifted,
     tinker_server,
 )
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from seal_engine import AdamParams, Datum, Engine, LoraConfig, SamplingParams
 from seal_engine.tiny import MODEL
+from tinker_client import service_client
 
 pytestmark = SDK_CONNECTIONS
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,7 +47,7 @@ def server(engine, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with service_client(server) as running_client:
+    with service_client(server.url) as running_client:
         yield running_client
 
 
@@ -313,7 +313,7 @@ def test_cut_connections_change_no_number(client, server):
     again, and each has run once."""
     expected = train(client.create_lora_training_client(BASE, rank=4, seed=19).result(), 4)
     proxy = CuttingProxy(server.url, range(10, 35, 5))
-    with tinker.ServiceClient(base_url=proxy.url, api_key="tml-test") as cut_client:
+    with service_client(proxy.url) as cut_client:
         model = cut_client.create_lora_training_client(BASE, rank=4, seed=19).result()
         assert train(model, 4) == expected
     assert proxy.count > max(proxy.cut), "all of them were lost"

@@ -1,5 +1,6 @@
 """Many clients of the Tinker API at once: each has the numbers that it has alone, and its share of the time."""
 
+import asyncio
 import math
 import random
 import tempfile
@@ -14,6 +15,7 @@ pytest.importorskip("tinker", reason="the Tinker SDK is not installed")
 
 import tinker
 import torch
+from tinker.lib.internal_client_holder import InternalClientHolder
 from tinker_cases import (
     BASE,
     SDK_CONNECTIONS,
@@ -21,13 +23,13 @@ from tinker_cases import (
     logprobs,
     prompt,
     sampling,
-    service_client,
     shifted,
     tinker_server,
 )
 
 from seal_engine import Engine, LoraConfig
 from seal_engine.tiny import MODEL
+from tinker_client import service_client
 
 pytestmark = SDK_CONNECTIONS
 STEPS = 2
@@ -80,7 +82,7 @@ class Tenant:
         self.data = [make(ids) for ids in ids_of(rng.randint(1, 3), rng.randint(4, 40), seed=number)]
 
     def run(self, server):
-        with service_client(server) as client:
+        with service_client(server.url) as client:
             model = client.create_lora_training_client(BASE, self.rank, self.number, **self.targets).result()
             numbers = []
             step = tinker.AdamParams(learning_rate=self.rate, eps=EPS)
@@ -98,7 +100,7 @@ def vandal(server):
     """A client whose rate and weights are without measure, and which goes away in the middle of a request: its losses,
     which include NaN."""
     losses = []
-    with service_client(server) as client:
+    with service_client(server.url) as client:
         model = client.create_lora_training_client(BASE, rank=8, seed=99).result()
         for weight, rate in ((1.0, 1e9), (1.0, 1e30), (3e38, 1e-4), (3e38, 1e-4)):
             datum = shifted([9, 8, 7, 6, 5], weights=[weight] * 4)
@@ -175,7 +177,7 @@ def test_who_asks_little_does_not_wait_for_who_asks_much(memory, engines, tmp_pa
     ids = ids_of(1, 400, seed=1)[0]
     ends = []
     limit = [] if memory is None else ["--tinker-model-bytes", memory]
-    with tinker_server(engines[False], tmp_path, *limit) as server, service_client(server) as client:
+    with tinker_server(engines[False], tmp_path, *limit) as server, service_client(server.url) as client:
         large, small = (client.create_lora_training_client(BASE, rank=2, seed=i).result() for i in range(2))
         with held(server.service.worker):
             futures = [large.forward_backward([shifted(ids)] * 60, "cross_entropy")]
@@ -189,8 +191,9 @@ def test_who_asks_little_does_not_wait_for_who_asks_much(memory, engines, tmp_pa
 
 def test_one_model_too_many_waits(engines, tmp_path):
     """With room for one, the second client's model is created when the first client goes; nothing fails."""
-    with tinker_server(engines[False], tmp_path, "--tinker-max-models", 1) as server, service_client(server) as second:
-        with service_client(server) as first:
+    limit = "--tinker-max-models", 1
+    with tinker_server(engines[False], tmp_path, *limit) as server, service_client(server.url) as second:
+        with service_client(server.url) as first:
             first.create_lora_training_client(BASE, rank=2).result()
             waiting = second.create_lora_training_client(BASE, rank=3)
             with pytest.raises(TimeoutError):
@@ -208,7 +211,7 @@ def test_a_model_that_memory_refuses_fails_alone(engines, tmp_path, monkeypatch)
         return create(engine, lora, seed)
 
     monkeypatch.setattr(type(engines[False]), "create_adapter", refusing)
-    with tinker_server(engines[False], tmp_path) as server, service_client(server) as client:
+    with tinker_server(engines[False], tmp_path) as server, service_client(server.url) as client:
         with pytest.raises(tinker.RequestFailedError, match=r"out of memory: .*allocate memory"):
             client.create_lora_training_client(BASE, rank=7).result()
         assert client.create_lora_training_client(BASE, rank=6).result().get_info().lora_rank == 6
@@ -218,7 +221,7 @@ def test_samplers_beyond_their_memory_lie_on_the_disk(engines, tmp_path):
     """Room for none but the last one used: all four versions still say what they said, and their files go with the
     session."""
     with tinker_server(engines[False], tmp_path, "--tinker-sampler-bytes", 0) as server:
-        with service_client(server) as client:
+        with service_client(server.url) as client:
             model = client.create_lora_training_client(BASE, rank=2, seed=3).result()
             samplers = []
             for _ in range(4):
@@ -239,7 +242,7 @@ def test_samplers_beyond_their_memory_lie_on_the_disk(engines, tmp_path):
 def test_a_version_is_copied_once(engines, tmp_path):
     """Two samplers of one version share its copy, which a saved path does not add to; the next version is another.
     Bytes are those of float32 parameters."""
-    with tinker_server(engines[False], tmp_path) as server, service_client(server) as client:
+    with tinker_server(engines[False], tmp_path) as server, service_client(server.url) as client:
         model = client.create_lora_training_client(BASE, rank=2, seed=3).result()
         nbytes, samplers = [], []
         for _ in range(2):
@@ -255,6 +258,21 @@ def test_a_version_is_copied_once(engines, tmp_path):
         gauges = httpx.get(f"{server.url}/metrics").text
         assert f"seal_engine_tinker_sampler_bytes {float(2 * size)}" in gauges
         assert f"seal_engine_tinker_model_bytes {float(4 * size)}" in gauges
+
+
+def test_a_close_of_the_sdk_that_never_returns_ends_the_session(engines, tmp_path, monkeypatch):
+    """tests/tinker_client.py says when that happens: a test, and a tenant's memory on the server, must not wait."""
+
+    async def never(_):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(InternalClientHolder, "_async_cleanup", never)
+    monkeypatch.setattr("tinker_client.CLOSE_SECONDS", 0.5)
+    with tinker_server(engines[False], tmp_path) as server:
+        with service_client(server.url) as client:
+            client.create_lora_training_client(BASE, rank=2, seed=3).result()
+            assert server.service.tinker.sessions
+        assert not server.service.tinker.sessions
 
 
 def _samplers(server):

@@ -32,13 +32,6 @@ def becomes_idle(server):
     return idle(server)
 
 
-@contextmanager
-def service_client(server):
-    """A client of the SDK as users have it; its session ends with the block."""
-    with tinker.ServiceClient(base_url=server.url, api_key="tml-test") as client:
-        yield client
-
-
 def shifted(ids, **inputs):
     """A datum that predicts every next token; a weight each where no inputs are given."""
     inputs = inputs or {"weights": [1.0] * (len(ids) - 1)}
