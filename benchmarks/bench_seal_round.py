@@ -221,7 +221,7 @@ def host_share(fn: Callable[[], Any]) -> float:
     busy = end = 0.0
     for event in sorted(events, key=lambda event: event.time_range.start):
         on_device = event.device_type.name == "CUDA" and event.name != "whole"
-        kernel = on_device if GPU else event.name.startswith("aten::") and event.thread == thread
+        kernel = on_device if GPU else event.name.startswith(("aten::", "mkldnn::")) and event.thread == thread
         if kernel and event.time_range.end > end:
             busy += event.time_range.end - max(end, event.time_range.start)
             end = event.time_range.end

@@ -201,6 +201,7 @@ def seal_round() -> str:
         for part in ("sampling", "training", "asking", "updating", "round"):
             found = {row["who"]: row for row in own if row["part"] == part}
             ours, floor = found["seal_engine"], found["floor"]
+            host = found.get("host, by a profiled replay")
             alone, padded = found["peft, one at a time"], found["peft, padded to 2048"]
             many = f"{passages} passage{'s' * (passages > 1)}"
             cells = [
@@ -209,7 +210,7 @@ def seal_round() -> str:
                 f"{ours['seconds']:.3g} s",
                 f"{taken[part] / ours['seconds']:.0f}%",
                 f"{ours['percent_of_floor']:.0f}%" + (f" ({floor['limit']})" if "limit" in floor else ""),
-                f"{found['host, by a profiled replay']['percent_of_seal_engine']:.0f}%",
+                "" if host is None else f"{host['percent_of_seal_engine']:.0f}%",
                 f"{alone['seal_engine_times_faster']:.1f}",
                 f"{padded['seal_engine_times_faster']:.1f}",
             ]
