@@ -18,7 +18,7 @@ from readme_forgetting import (
     forgetting_system,
 )
 from readme_gpu import forecast_round, h100_graphs, h100_kernels, h100_round, h100_scaling
-from readme_sampling import busy_core, decode, sample
+from readme_sampling import busy_core, decode, profile, sample
 from readme_tinker import tinker, tinker_recipes
 from tables import DETAILS, ROOT, SEEDS, Row, percent, pick, prose, rate, read, source, table
 
@@ -389,6 +389,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
             scaling,
             sample,
             decode,
+            profile,
             busy_core,
         ),
         "docs/quantization.md": (quantization, quantized_speed),

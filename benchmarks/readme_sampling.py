@@ -1,4 +1,4 @@
-"""What sampling was measured to do on a CPU: blocks of docs/benchmarks.md."""
+"""What sampling was measured to do on a CPU, and where time goes there: blocks of docs/benchmarks.md."""
 
 from tables import pick, prose, rate, read, source, table
 
@@ -57,3 +57,18 @@ def busy_core() -> str:
     ]  # fmt: skip
     heads = ("base", "a busy process", "trained tokens/s", "sampled tokens/s")
     return table(heads, lines) + source("bench_neighbour_cpu", machine)
+
+
+def profile() -> str:
+    """Where a CPU's time goes in training and decoding, before and after."""
+    (before, _), (rows, machine) = read("bench_profile_cpu_before"), read("bench_profile_cpu")
+    cases = dict.fromkeys((row["what"], row["dtype"]) for row in rows)
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        cells = []
+        for what, dtype in cases:
+            then, now = (pick(found, what=what, dtype=dtype, kind=kind) for found in (before, rows))
+            cells.append(f"{then['ms']:,.0f} → {now['ms']:,.0f} ({100 * now['share']:.0f}%)")
+        lines.append([kind, *cells])
+    heads = ("ms a step", *(f"{what}, {dtype}" for what, dtype in cases))
+    return table(heads, lines) + source("bench_profile_cpu", machine)

@@ -28,6 +28,7 @@ TESTS = {
     "demo_few_shot": ["tiny_puzzles"],
     "demo_real": ["real"],
     "neighbour": ["threads"],
+    "profile": ["train", "sampler"],
     "sample": ["sampler", "scheduler", "text"],
     "scaling": ["train"],
     "seal_round": ["train", "sampler", "bench"],
