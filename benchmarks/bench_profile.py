@@ -18,14 +18,12 @@ from shapes import random_model
 RANK, JOBS, STEPS = 32, 32, 2
 ROWS, TOKENS = 32, 32
 KINDS = {
-    "products": ("mm", "addmm", "addmm_", "mv", "addmv_", "_linear_pointwise"),
-    "attention": ("bmm", "baddbmm", "_softmax", "softmax"),
-    "copies and conversions": ("copy_", "cat", "constant_pad_nd"),
-    "reads and writes by index": (
-        *("index", "index_select", "index_put_", "_index_put_impl_", "index_copy_", "gather", "scatter_", "embedding"),
-    ),
-    "zeroing": ("fill_", "zero_"),
-    "optimizer": ("_fused_adamw_", "linalg_vector_norm"),
+    "products": "mm addmm addmm_ mv addmv_ _linear_pointwise",
+    "attention": "bmm baddbmm _softmax softmax",
+    "copies and conversions": "copy_ cat constant_pad_nd",
+    "reads and writes by index": "index index_select index_put_ _index_put_impl_ index_copy_ gather scatter_ embedding",
+    "zeroing": "fill_ zero_",
+    "optimizer": "_fused_adamw_ linalg_vector_norm",
 }
 LOW_RANK, REST = "low-rank products", "all else"
 
@@ -36,7 +34,7 @@ def kind_of(name: str, shapes: list[Any], rank: int | None) -> str:
     name = name.split("::")[-1].split(".")[0]
     if "scaled_dot_product" in name:
         return "attention"
-    kind = next((kind for kind, names in KINDS.items() if name in names), REST)
+    kind = next((kind for kind, names in KINDS.items() if name in names.split()), REST)
     return LOW_RANK if kind == "products" and any(rank in shape for shape in shapes if shape) else kind
 
 

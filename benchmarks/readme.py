@@ -201,7 +201,6 @@ def seal_round() -> str:
         for part in ("sampling", "training", "asking", "updating", "round"):
             found = {row["who"]: row for row in own if row["part"] == part}
             ours, floor = found["seal_engine"], found["floor"]
-            host = found.get("host, by a profiled replay")
             alone, padded = found["peft, one at a time"], found["peft, padded to 2048"]
             many = f"{passages} passage{'s' * (passages > 1)}"
             cells = [
@@ -210,12 +209,11 @@ def seal_round() -> str:
                 f"{ours['seconds']:.3g} s",
                 f"{taken[part] / ours['seconds']:.0f}%",
                 f"{ours['percent_of_floor']:.0f}%" + (f" ({floor['limit']})" if "limit" in floor else ""),
-                "" if host is None else f"{host['percent_of_seal_engine']:.0f}%",
                 f"{alone['seal_engine_times_faster']:.1f}",
                 f"{padded['seal_engine_times_faster']:.1f}",
             ]
             lines.append([f"**{cell}**" if cell else "" for cell in cells] if part == "round" else cells)
-    heads = ("base", "part", "seal_engine", "taken by others", "share of its floor", "host", "times faster than PEFT",
+    heads = ("base", "part", "seal_engine", "taken by others", "share of its floor", "times faster than PEFT",
              "than PEFT, padded")  # fmt: skip
     return table(heads, lines) + source("bench_seal_round_cpu", machine)
 
@@ -234,7 +232,7 @@ def few_shot() -> str:
         )  # fmt: skip
     heads = ("base, adapters", "training", "times faster than PEFT", "in asking", "together", "training, than Trainer",
              "together, than Trainer")  # fmt: skip
-    return table(heads, lines) + source("bench_few_shot_cpu", machine, " -k puzzle")
+    return table(heads, lines) + source("bench_few_shot_cpu", machine)
 
 
 def speed() -> str:
@@ -264,7 +262,8 @@ def speed() -> str:
     lines.append([what, share, "", ""])
     heads = ("two CPU cores; one H100", "seal_engine", "times faster than PEFT", "than PEFT, padded as published")
     files = "`bench_seal_round_*.json` and `bench_sample_cpu.json`"
-    where = "; ".join(f"{own['device'].removesuffix(', 2 threads')}, {own['date']}" for own in (machine, on, gpu))
+    where = (f"{own['device'].removesuffix(', 2 threads')}, {own['date']}" for own in (machine, on, gpu))
+    where = "; ".join(dict.fromkeys(where))
     return table(heads, lines) + prose(f"Recorded in {files} ({where}); meaning: {DETAILS}.")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench_profile
 import bench_sample
 import bench_seal_round
 import plot
@@ -128,6 +129,21 @@ def test_a_packed_product_is_no_time_of_the_host():
     allow_packing(weight)
     frozen_linear(x, weight)
     assert bench_seal_round.host_share(lambda: [frozen_linear(x, weight) for _ in range(20)]) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "rank", "kind"),
+    [
+        ("mkldnn::_linear_pointwise", [[1554, 896], [], [], []], 32, "products"),
+        ("aten::mm", [[32, 896], [896, 8192]], None, "products"),
+        ("aten::addmm_", [[48, 896], [48, 32], [32, 896], []], 32, "low-rank products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [[1, 14, 48, 64]] * 3, None, "attention"),
+        ("aten::fill_", [[896, 32], []], 32, "zeroing"),
+        ("aten::silu", [[32, 4864]], 32, "all else"),
+    ],
+)
+def test_what_an_operation_is_for(name, shapes, rank, kind):
+    assert bench_profile.kind_of(name, shapes, rank) == kind
 
 
 def test_every_shape_is_a_model():
