@@ -18,7 +18,7 @@ from shapes import random_model
 
 RANK, JOBS, STEPS = 32, 32, 2
 ROWS, TOKENS = 32, 32
-SPARE_BYTES = 2 << 30
+CALLS, SPARE_BYTES = 5, 2 << 30
 KINDS = {
     "products": "mm addmm addmm_ mv addmv_ _linear_pointwise",
     "attention": "bmm baddbmm _softmax softmax",
@@ -59,12 +59,22 @@ def decoding(engine: Engine) -> tuple[Any, int, int | None]:
 
 
 def watched(run: Callable[[], Any]) -> Any:
-    """The profiler's averages by operation and shapes. Its own records lie between blocks that passes free, and split
-    them; so memory for others is there before, whose pages the system would have to clear while it is watched."""
-    torch.ones(SPARE_BYTES // 4)  # glibc keeps them (configure_allocator)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        run()
-    return profiler.key_averages(group_by_input_shape=True)
+    """The profiler's averages by operation and shapes, of the fastest of some calls: low-rank products of the 97M shape
+    take half as long again, or twice as long, while the machine's other guests are busy.
+
+    The profiler's records lie between blocks that passes free, and split them; so memory for others is there before,
+    whose pages the system would have to clear while it is watched.
+    """
+    best, least = None, float("inf")
+    for _ in range(CALLS):
+        torch.ones(SPARE_BYTES // 4)  # glibc keeps them (configure_allocator)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            run()
+        averages = profiler.key_averages(group_by_input_shape=True)
+        total = sum(event.self_cpu_time_total for event in averages)
+        if total < least:
+            best, least = averages, total
+    return best
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
