@@ -25,7 +25,8 @@ KINDS = {
     "copies and conversions": "copy_ cat constant_pad_nd",
     "reads and writes by index": "index index_select index_put_ _index_put_impl_ index_copy_ gather scatter_ embedding",
     "zeroing": "fill_ zero_",
-    "optimizer": "_fused_adamw_ linalg_vector_norm",
+    "optimizer": "_fused_adamw_",
+    "norms": "linalg_vector_norm",
 }
 LOW_RANK, REST = "low-rank products", "all else"
 
@@ -41,7 +42,7 @@ def kind_of(name: str, shapes: list[Any], rank: int | None) -> str:
 
 
 def training(engine: Engine) -> tuple[Any, int, int | None]:
-    """Some steps of all jobs, how many, and the adapters' rank."""
+    """(a call that trains all jobs, its steps, the adapters' rank)"""
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=SEVEN)
     sequences = make_sequences(JOBS, engine.config.vocab_size)
     jobs = [
@@ -52,18 +53,18 @@ def training(engine: Engine) -> tuple[Any, int, int | None]:
 
 
 def decoding(engine: Engine) -> tuple[Any, int, int | None]:
-    """Answers of the base to short prompts, of how many tokens, and no rank."""
+    """(a call of the base that answers short prompts, its tokens per prompt, None)"""
     prompts = torch.randint(engine.config.vocab_size, (ROWS, 8), generator=torch.Generator().manual_seed(0)).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     return lambda: engine.generate(prompts, params, progress=False), TOKENS, None
 
 
 def watched(run: Callable[[], Any]) -> Any:
-    """The profiler's averages by operation and shapes, of the fastest of some calls: low-rank products of the 97M shape
-    take half as long again, or twice as long, while the machine's other guests are busy.
+    """The profiler's averages by operation and shapes, of the fastest of some calls: on a shared machine low-rank
+    products of the 97M shape take up to twice as long at times.
 
-    The profiler's records lie between blocks that passes free, and split them; so memory for others is there before,
-    whose pages the system would have to clear while it is watched.
+    The profiler's records lie between the blocks that passes free, so that passes find no large ones and take new
+    memory, whose pages the system clears. Room for both is made before each call.
     """
     best, least = None, float("inf")
     for _ in range(CALLS):

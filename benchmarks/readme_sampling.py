@@ -68,7 +68,8 @@ def profile() -> str:
         cells = []
         for what, dtype in cases:
             then, now = (pick(found, what=what, dtype=dtype, kind=kind) for found in (before, rows))
-            cells.append(f"{then['ms']:,.0f} → {now['ms']:,.0f} ({100 * now['share']:.0f}%)")
+            digits = 0 if now["ms"] + then["ms"] > 100 else 1
+            cells.append(f"{then['ms']:,.{digits}f} → {now['ms']:,.{digits}f} ({100 * now['share']:.0f}%)")
         lines.append([kind, *cells])
     heads = ("ms a step", *(f"{what}, {dtype}" for what, dtype in cases))
     return table(heads, lines) + source("bench_profile_cpu", machine)

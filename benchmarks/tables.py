@@ -40,6 +40,8 @@ def source(name: str, machine: Mapping[str, Any], more: str = "") -> str:
 def recorded(name: str, machine: Mapping[str, Any], command: str) -> str:
     """Where figures are recorded, and by what command on what machine."""
     where = f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}"
+    if name.endswith("_amx"):
+        where += "; the file renamed"  # the other CPU's has its name
     return prose(f"Recorded in `benchmarks/results/{name}.json` ({where}) by") + f"\n```\n{command}\n```\n"
 
 
