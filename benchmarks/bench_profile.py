@@ -66,16 +66,15 @@ def watched(run: Callable[[], Any]) -> Any:
     The profiler's records lie between the blocks that passes free, so that passes find no large ones and take new
     memory, whose pages the system clears. Room for both is made before each call.
     """
-    best, least = None, float("inf")
-    for _ in range(CALLS):
+
+    def once() -> Any:
         torch.ones(SPARE_BYTES // 4)  # glibc keeps them (configure_allocator)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             run()
-        averages = profiler.key_averages(group_by_input_shape=True)
-        total = sum(event.self_cpu_time_total for event in averages)
-        if total < least:
-            best, least = averages, total
-    return best
+        return profiler.key_averages(group_by_input_shape=True)
+
+    calls = (once() for _ in range(CALLS))
+    return min(calls, key=lambda averages: sum(event.self_cpu_time_total for event in averages))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -139,6 +139,8 @@ def test_a_packed_product_is_no_time_of_the_host():
         ("aten::addmm_", [[48, 896], [48, 32], [32, 896], []], 32, "low-rank products"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", [[1, 14, 48, 64]] * 3, None, "attention"),
         ("aten::fill_", [[896, 32], []], 32, "zeroing"),
+        ("aten::linalg_vector_norm", [[1554, 896]], 32, "norms"),
+        ("aten::_fused_adamw_", [[]], 32, "optimizer"),
         ("aten::silu", [[32, 4864]], 32, "all else"),
     ],
 )
